@@ -1,0 +1,213 @@
+"""One schema for every command: what a YAML file may say, of which type, in which range.
+
+A config is read from YAML (see `config_file`), validated once, and never mutated. Sections are handed to the rooms that need
+them; the root goes to none of the leaves. `null` means "chosen when the run is planned", and the choice is written to the run.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+__all__ = [
+    "VARIANTS",
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ShapesConfig",
+    "TrainConfig",
+    "parse_variant",
+    "resolve_model",
+]
+
+# name: (width, depth, mlp_dim, num_heads); ViT (2010.11929) Table 1, AugReg (2106.10270) and big_vision's decode_variant
+VARIANTS = {
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+}
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def as_pair(value: Any) -> Any:
+    """Read one side as a square: 224 means (224, 224)."""
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(as_pair)]  # (height, width), px
+
+
+def machine(default: Any, description: str, **rules: Any) -> Any:
+    """Declare a setting that cannot change a result, so a resumed run may change it."""
+    return Field(default=default, description=description, json_schema_extra={"may_change_on_resume": True}, **rules)
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The architecture: a variant by name, or explicit sizes; explicit sizes win over the variant's."""
+
+    variant: str | None = Field(None, description="size and patch by name, such as Ti/16, S/32, B/16, L/16 or H/14")
+    patch_size: PositiveInt | None = Field(None, description="side of a square patch, px; divides both image sides")
+    width: PositiveInt | None = Field(None, description="hidden size D; a multiple of num_heads")
+    depth: PositiveInt | None = Field(None, description="number of Transformer blocks")
+    mlp_dim: PositiveInt | None = Field(None, description="hidden size of the MLP blocks; default 4 x width")
+    num_heads: PositiveInt | None = Field(None, description="attention heads")
+    representation_size: PositiveInt | Literal["width"] | None = Field(
+        None, description="hidden tanh layer before the head at pretraining; 'width' as in the paper, null for none"
+    )
+    pool: Literal["token", "gap"] = Field("token", description="read the class token, or average all patch tokens")
+    pos_embed: Literal["learned", "sincos2d"] = Field("learned", description="learned 1-D or fixed 2-D sin-cos positions")
+    dropout: Fraction = Field(0.0, description="after every dense layer but qkv, and after adding positions (paper B.1)")
+    attention_dropout: Fraction = Field(0.0, description="on the attention weights")
+    gelu: Literal["tanh", "exact"] = Field("tanh", description="the original uses the tanh approximation")
+    layer_norm_eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="epsilon of every LayerNorm")
+    head_bias: float = Field(0.0, description="initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss")
+
+
+class ShapesConfig(Section):
+    """The embedded, formula-driven corpus (source `shapes`)."""
+
+    classes: Annotated[int, Field(ge=2, le=21_000)] = Field(100, description="number of classes, 2 to 21,000")
+    train_examples: PositiveInt = Field(100_000, description="length of the training split: any number, nothing is stored")
+    val_examples: PositiveInt = Field(2_000, description="length of the held-out split")
+    seed: Count = Field(0, description="another seed is another corpus")
+
+
+class DataConfig(Section):
+    """Where examples come from and how large they are shown to the model."""
+
+    source: str = Field(description="shapes, digits, cifar10, cifar100, mnist, fashion-mnist, flowers102, pets, imagenet or folder:PATH")
+    image_size: ImageSize = Field(description="height and width shown to the model, px; one number for a square")
+    shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of the source `shapes`")
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held out where a folder has no val or test split")
+    mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="subtracted from pixels in [0, 1]")
+    std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="then divided by; .5/.5 gives [-1, 1] as the paper")
+    eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="central share kept at evaluation, aspect ratio kept; null resizes the whole image as the reference does"
+    )
+    root: Path | None = machine(None, "data root; else $VIT_DATA, else ~/.cache/vit")
+    workers: Count | None = machine(None, "loader processes; null chooses by source and machine")
+    memory_cache_gib: Annotated[float, Field(ge=0)] = machine(4.0, "decode a set once and keep it if it is smaller than this, GiB")
+
+
+class AugmentConfig(Section):
+    """Training-time augmentation."""
+
+    crop: Literal["inception", "pad", "random", "resize"] = Field(
+        "inception", description="random area and aspect; pad then random crop; resize short side x 8/7 then random crop; plain resize"
+    )
+    min_area: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="smallest share of the image an inception crop keeps")
+    pad: Count = Field(4, description="px added on each side by crop: pad, at a 32 px image; scaled with the image")
+    flip: bool = Field(True, description="mirror half of the images")
+    randaugment_layers: Count = Field(0, description="RandAugment operations per image; 0 turns it off")
+    randaugment_magnitude: Annotated[float, Field(ge=0, le=30)] = Field(10.0, description="strength of each, 0 to 30")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="alpha of the Beta distribution; 0 turns it off")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="likewise; with both on, each step takes one of them")
+
+
+class OptimConfig(Section):
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["adam", "adamw", "sgd"] = Field("adamw", description="the paper's Adam with decoupled decay is adamw here")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
+    end_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the last step")
+    schedule: Literal["linear", "cosine", "rsqrt", "constant"] = Field("cosine", description="decay after the warm-up")
+    warmup_steps: Count | None = Field(None, description="linear warm-up; null takes 5 % of the run, at most 10,000")
+    beta1: Fraction = Field(0.9, description="Adam's first-moment decay")
+    beta2: Fraction = Field(0.999, description="Adam's second-moment decay")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
+    momentum: Fraction = Field(0.9, description="of SGD")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="on kernels only; torch's convention, multiplied by lr")
+    grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null for none")
+
+
+class TrainConfig(Section):
+    """How long, in what portions, towards which loss."""
+
+    steps: PositiveInt | None = Field(None, description="length of the run; give steps, epochs or examples")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in passes over the training split")
+    examples: PositiveInt | None = Field(None, description="length in images seen")
+    batch_size: PositiveInt = Field(256, description="images per step, over all devices")
+    micro_batch_size: PositiveInt | None = Field(None, description="images a device holds at a time; gradients accumulate over the rest")
+    loss: Literal["softmax", "sigmoid"] = Field("softmax", description="cross-entropy over classes, or one per class")
+    label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="evaluate averaged weights; 0.9999 in the paper")
+    freeze_backbone: bool = Field(False, description="train the head alone (linear probe)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
+    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto takes bf16 where it is faster on this device")
+    compile: bool = Field(False, description="torch.compile the model")
+
+
+class LogConfig(Section):
+    """How often numbers, evaluations and checkpoints are written."""
+
+    log_every_steps: PositiveInt | None = machine(None, "null takes 1/100 of the run, at most 100")
+    eval_every_steps: PositiveInt | None = Field(None, description="null takes 1/10 of the run")
+    checkpoint_every_steps: PositiveInt | None = machine(None, "null takes 1/10 of the run, at most 1,000")
+    keep_checkpoints: PositiveInt = machine(2, "newest checkpoints kept")
+    sample_images: Count = machine(16, "training images in TensorBoard's sample grid; 0 turns it off")
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    seed: Count = Field(0, description="order, augmentation, initial weights and dropout derive from it")
+    out: Path | None = Field(None, description="run directory; default runs/ and the config's name")
+    ckpt: Path | None = Field(None, description="weights to start from: run directory, checkpoint directory or weights file")
+    from_scratch: bool = Field(False, description="take architecture and preprocessing from ckpt, but not its weights")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+
+def parse_variant(variant: str) -> dict[str, int]:
+    """Turn a name such as "B/16" into width, depth, mlp_dim, num_heads and patch_size.
+
+    Raises:
+        ValueError: the name is not NAME/PATCH with a known NAME.
+    """
+    name, slash, patch = variant.partition("/")
+    if name not in VARIANTS or not slash or not patch.isdigit() or int(patch) < 1:
+        raise ValueError(f"{variant!r} is not a variant; expected NAME/PATCH such as B/16, with NAME one of {', '.join(VARIANTS)}")
+    width, depth, mlp_dim, num_heads = VARIANTS[name]
+    return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": int(patch)}
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """Return the section with every size a number: explicit sizes first, then the variant's, then mlp_dim = 4 x width.
+
+    Raises:
+        ValueError: the variant is unknown, or a size is neither given nor implied.
+    """
+    sizes: dict[str, int | None] = dict(parse_variant(model.variant)) if model.variant else {}
+    for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
+        given = getattr(model, key)
+        sizes[key] = given if given is not None else sizes.get(key)
+    if sizes["mlp_dim"] is None and sizes["width"] is not None:
+        sizes["mlp_dim"] = 4 * sizes["width"]
+    missing = [key for key, value in sizes.items() if value is None]
+    if missing:
+        raise ValueError(f"needs {', '.join(missing)}; give a variant such as B/16, or all of patch_size, width, depth, num_heads")
+    hidden = sizes["width"] if model.representation_size == "width" else model.representation_size
+    return model.model_copy(update={**sizes, "representation_size": hidden})

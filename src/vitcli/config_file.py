@@ -1,0 +1,276 @@
+"""YAML files and `key=value` overrides to a valid `Config`, and back; every error names file, line and key.
+
+Layers, weakest first: a recipe (fine-tuning only), the file, the overrides. A layer that sets the length of the run in one unit
+removes the weaker layers' other units. Nothing in a file is ever executed: only YAML's plain scalars, lists and maps are read.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vitcli.config import Config, ModelConfig, resolve_model
+from vitcli.errors import ConfigError
+
+__all__ = ["Layers", "check_config", "dump_config", "load_config", "read_config", "setting_keys", "stored_config"]
+
+LENGTHS = ("steps", "epochs", "examples")
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML 1.1 without its traps: `3e-4` is a number, and a key given twice is an error."""
+
+
+PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+class Layers:
+    """Settings by dotted key and where each was said, so that an error can point there.
+
+    Args:
+        base: the weakest layer, a nested mapping (a recipe).
+        base_name: how errors call it.
+    """
+
+    def __init__(self, base: Mapping[str, Any] | None = None, *, base_name: str = "recipe") -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        if base:
+            self.add(dict(flatten(base)), {}, base_name)
+
+    def add(self, values: Mapping[str, Any], lines: Mapping[str, int], name: str) -> None:
+        """Put a layer of dotted keys on top; `lines` gives the line in the file `name` where known."""
+        if any(f"train.{unit}" in values for unit in LENGTHS):
+            for unit in LENGTHS:
+                self.values.pop(f"train.{unit}", None)
+        for key, value in values.items():
+            for old in [k for k in self.values if k.startswith(key + ".") or key.startswith(k + ".")]:
+                del self.values[old]  # `data: null` replaces data.source, and the other way round
+            self.values[key] = value
+            self.origins[key] = f"{name}:{lines[key]}" if key in lines else name
+
+    def add_file(self, path: Path) -> None:
+        """Read a YAML file as the next layer.
+
+        Raises:
+            ConfigError: missing, unreadable, not YAML, not a map, or a key twice.
+        """
+        values, lines = read_yaml(path)
+        self.add(values, lines, str(path))
+
+    def add_overrides(self, overrides: Sequence[str]) -> None:
+        """Read `key=value` words as the next layer; values are YAML, so `[64,48]` and `null` work."""
+        parsed: dict[str, Any] = {}
+        for word in overrides:
+            key, equals, text = word.partition("=")
+            if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+                raise ConfigError(f"{word}: expected key=value, such as optim.lr=3e-4")
+            try:
+                value = yaml.load(text, PlainLoader)  # a SafeLoader
+            except yaml.YAMLError:
+                raise ConfigError(f"{word}: the value is not YAML; quote it for the shell") from None
+            parsed |= dict(flatten({key: value})) if isinstance(value, dict) else {key: value}
+        for key, value in parsed.items():
+            self.add({key: value}, {}, f"{key}={value}")
+
+    def where(self, key: str) -> str:
+        """Return the best place to point at for a key: its own, else its section's, else any layer's name."""
+        for candidate in (key, *[k for k in self.origins if k.startswith(key + ".")]):
+            if candidate in self.origins:
+                return self.origins[candidate]
+        files = [o.rsplit(":", 1)[0] for o in self.origins.values() if re.search(r":\d+$", o)]
+        return files[-1] if files else "config"
+
+    def nested(self) -> dict[str, Any]:
+        """Return the settings as a nested dictionary."""
+        result: dict[str, Any] = {}
+        for key, value in self.values.items():
+            *sections, name = key.split(".")
+            target = result
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[name] = value
+        return result
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read a YAML map as dotted keys, and the line of each."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: there is no such config file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a text file ({error.__class__.__name__}); expected YAML") from None
+    loader = PlainLoader(text)
+    try:
+        root = loader.get_single_node()
+        values: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        if root is not None:
+            if not isinstance(root, yaml.MappingNode):
+                raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected settings as `key: value`, found a {root.id}")
+            walk(loader, root, "", path, values, lines)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    finally:
+        loader.dispose()
+    return values, lines
+
+
+def walk(loader: PlainLoader, node: yaml.MappingNode, prefix: str, path: Path, values: dict[str, Any], lines: dict[str, int]) -> None:
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{path}:{line}: expected a setting's name, found a {key_node.id}")
+        key = f"{prefix}{key_node.value}"
+        if key in lines:
+            raise ConfigError(f"{path}:{line}: {key} is given twice, first at line {lines[key]}")
+        lines[key] = line
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            walk(loader, value_node, f"{key}.", path, values, lines)
+        else:
+            values[key] = loader.construct_object(value_node, deep=True)
+
+
+def setting_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return every dotted key of the schema, in its order."""
+    keys = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        nested = isinstance(kind, type) and issubclass(kind, BaseModel)
+        keys += setting_keys(cast(type[BaseModel], kind), f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return keys
+
+
+def nearest(key: str) -> str:
+    known = setting_keys()
+    sections = sorted({k.rsplit(".", 1)[0] for k in known if "." in k})
+    close = difflib.get_close_matches(key, known + sections, 1, 0.6)
+    if not close:  # the right name in the wrong section
+        close = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return f"; did you mean {close[0]}?" if close else "; `vit schema` lists the settings"
+
+
+def validate(layers: Layers) -> Config:
+    """Turn layers into a Config, or raise a ConfigError for the first thing wrong."""
+    try:
+        return Config.model_validate(layers.nested())
+    except ValidationError as error:
+        # an unknown key first: a misspelt name often makes a required one missing
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"]]
+    known = set(setting_keys())
+    key = ".".join(path)
+    while "." in key and key not in known and first["type"] != "extra_forbidden":
+        key = key.rsplit(".", 1)[0]  # a place inside a value, such as the first of two numbers
+    where = layers.where(key)
+    if first["type"] == "extra_forbidden":
+        raise ConfigError(f"{where}: {key} is not a setting{nearest(key)}")
+    if first["type"] == "missing":
+        raise ConfigError(f"{where}: {key} is missing; it must be given")
+    found = layers.values.get(key, first["input"])
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    raise ConfigError(f"{where}: {key} is {found!r}; expected {expected}")
+
+
+def check_config(config: Config, layers: Layers) -> None:
+    """Raise a ConfigError where settings that are each valid contradict one another."""
+    train, data, optim = config.train, config.data, config.optim
+
+    def fail(key: str, message: str) -> None:
+        raise ConfigError(f"{layers.where(key)}: {key} {message}")
+
+    given = [unit for unit in LENGTHS if getattr(train, unit) is not None]
+    if len(given) != 1:
+        said = " and ".join(f"train.{unit}" for unit in given) + " are both given" if given else "says nothing"
+        fail(f"train.{given[-1]}" if given else "train", f"{said}; give exactly one of steps, epochs and examples")
+    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
+        fail("train.micro_batch_size", f"is {train.micro_batch_size}, more than train.batch_size ({train.batch_size}); make it smaller")
+    if train.steps is not None and optim.warmup_steps is not None and optim.warmup_steps >= train.steps:
+        fail("optim.warmup_steps", f"is {optim.warmup_steps}, but the run has {train.steps} steps; make it shorter")
+    if optim.end_lr > optim.lr:
+        fail("optim.end_lr", f"is {optim.end_lr}, above optim.lr ({optim.lr}); the schedule must not rise")
+    if train.loss == "sigmoid" and train.label_smoothing > 0:
+        fail("train.label_smoothing", "has no meaning with train.loss: sigmoid; set it to 0")
+    if min(data.std) <= 0:
+        fail("data.std", f"is {list(data.std)}; every number must be above 0")
+    if train.freeze_backbone and train.ema_decay is not None:
+        fail("train.ema_decay", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
+    check_model(config.model, data.image_size, layers)
+
+
+def check_model(model: ModelConfig, image_size: tuple[int, int], layers: Layers) -> None:
+    try:
+        sizes = resolve_model(model)
+    except ValueError as error:
+        key = "model.variant" if model.variant else "model"
+        raise ConfigError(f"{layers.where(key)}: {key} {error}") from None
+    assert sizes.patch_size and sizes.width and sizes.num_heads
+    height, width = image_size
+    if height % sizes.patch_size or width % sizes.patch_size:
+        raise ConfigError(
+            f"{layers.where('data.image_size')}: data.image_size is {height} x {width}, which patches of {sizes.patch_size} px "
+            f"do not divide; use multiples of {sizes.patch_size}, or another model.patch_size"
+        )
+    if sizes.width % sizes.num_heads:
+        raise ConfigError(
+            f"{layers.where('model.num_heads')}: model.width is {sizes.width}, which model.num_heads ({sizes.num_heads}) does not divide"
+        )
+    if sizes.pos_embed == "sincos2d" and sizes.width % 4:
+        raise ConfigError(f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width divisible by 4, not {sizes.width}")
+
+
+def read_config(
+    path: Path | None, overrides: Sequence[str] = (), *, base: Mapping[str, Any] | None = None, base_name: str = "recipe"
+) -> tuple[Config, Layers]:
+    """Read, merge and check the layers; return the Config and where each setting came from.
+
+    Raises:
+        ConfigError: one line with file, line, key, what was found and what was expected.
+    """
+    layers = Layers(base, base_name=base_name)
+    if path is not None:
+        layers.add_file(path)
+    layers.add_overrides(overrides)
+    config = validate(layers)
+    check_config(config, layers)
+    return config, layers
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a whole config from one file and overrides; raises as `read_config`."""
+    return read_config(Path(path), overrides)[0]
+
+
+def stored_config(path: Path) -> Config:
+    """Read the resolved config of a run directory."""
+    layers = Layers()
+    layers.add_file(path)
+    return validate(layers)
+
+
+def dump_config(config: Config) -> str:
+    """Return the config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)

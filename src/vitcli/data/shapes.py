@@ -1,0 +1,323 @@
+"""The embedded corpus: formula-driven images of objects, made on the fly (source `shapes`).
+
+In the line of FractalDB (2101.08515) and RCDB (2206.09132): a class is a parameter set of a formula, an instance varies it.
+A class is an object (a body and three parts, each a radial contour with a texture and two colours, at set places) and the
+colours it tends to stand before. An instance varies pose, proportions, colours, light, background, clutter and noise.
+Image and label are a pure function of (seed, split, index): no storage, no size limit, and a smaller corpus is a prefix.
+Pixels see only + - * / sqrt and rounding, which are exact everywhere, so no batch can change an image by even its last bit.
+"""
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vitcli.randomness import derive_seed, normal, permute, uniform
+
+__all__ = ["ShapesSource"]
+
+Floats = NDArray[np.float32]
+
+# One shape legend: B images, L things in each (back to front), H x W pixels.
+VERSION = 1  # of the images: raise it whenever a pixel changes, so that no result is taken for one on the new images
+MAX_CLASSES = 21_000  # ImageNet-21k's order of magnitude
+MIN_SIDE, MAX_SIDE = 16, 512  # px
+BEHIND, PARTS, BEFORE = 2, 4, 1  # clutter behind, the object's body and what sits on it, clutter before
+HARMONICS = 6  # of a contour
+LAYERS = BEHIND + PARTS + BEFORE
+PART_DRAWS = HARMONICS + 15  # uniform numbers that make one thing
+SCENE_DRAWS = 32  # uniform numbers that make a scene's pose, light, background and noise
+JITTER_DRAWS = HARMONICS + 13  # normal numbers that vary one thing
+NOISE_BANK = 1 << 18  # samples of pixel noise; an image reads them from a derived offset
+CHUNK_PIXELS = 1 << 15  # painted at once: float32 planes of 128 KiB stay in a core's cache
+
+
+@dataclass(frozen=True)
+class Things:
+    """What is painted: fields are (B, L) or (B, L, n). Lengths are in units of the frame they sit in, angles in radians."""
+
+    contour: Floats  # (B, L, HARMONICS): the radius in direction t is 1 + sum_k contour[k] cos((k + 1) t)
+    waves: Floats  # (B, L, 3): the texture's cycles per unit along the thing's own axes, and outwards from its centre
+    phase: Floats  # (B, L): of the texture, cycles
+    warp: Floats  # (B, L): cycles by which fractal noise bends the texture: stripes at 0, marble at 1
+    contrast: Floats  # (B, L): soft waves at 1, bands above
+    middle: Floats  # (B, L, 3): the colour between the texture's two, in [0, 1]
+    swing: Floats  # (B, L, 3): from there to either
+    centre: Floats  # (B, L, 2): (x, y)
+    axes: Floats  # (B, L, 2): half lengths
+    angle: Floats  # (B, L)
+
+
+def things_from(u: Floats) -> Things:
+    """Make things of uniform numbers (B, L, PART_DRAWS) in [0, 1)."""
+    u, contour = u[..., HARMONICS:], u[..., :HARMONICS]
+    turn, bearing = 2 * np.pi * u[..., 0], 2 * np.pi * u[..., 1]
+    frequency = 0.4 + 2.6 * u[..., 2] ** 2
+    rings = u[..., 3] < 0.3  # as against stripes
+    waves = np.stack([np.where(rings, 0, frequency * np.cos(turn)), np.where(rings, 0, frequency * np.sin(turn)), rings * frequency], -1)
+    first, second = u[..., 4:7], u[..., 7:10]
+    distance, size, stretch = 0.35 + 0.65 * u[..., 10], 0.3 + 0.35 * u[..., 11], np.exp(0.9 * (u[..., 12] - 0.5))
+    return Things(
+        contour=(2 * contour - 1) * (0.55 / np.sqrt(np.arange(1, HARMONICS + 1))),  # smooth more often than jagged
+        waves=waves,
+        phase=u[..., 0],
+        warp=u[..., 13] ** 2,
+        contrast=1 + 4 * u[..., 14] ** 2,
+        middle=(first + second) / 2,
+        swing=(first - second) / 2,
+        centre=distance[..., None] * np.stack([np.cos(bearing), np.sin(bearing)], -1),
+        axes=size[..., None] * np.stack([stretch, 1 / stretch], -1),
+        angle=bearing,
+    )
+
+
+def vary(things: Things, z: Floats, kept: NDArray[np.bool_]) -> Things:
+    """Vary the things of each instance by normal numbers (B, L, JITTER_DRAWS); those not `kept` (B, L) shrink to nothing."""
+    tint = z[..., 6:9]
+    return replace(
+        things,
+        contour=things.contour + 0.06 * z[..., 13:],
+        waves=things.waves * np.exp(0.15 * z[..., :1]),
+        phase=things.phase + z[..., 1],
+        middle=things.middle + 0.08 * tint,
+        swing=things.swing + 0.05 * z[..., 9:12],
+        centre=things.centre + 0.12 * z[..., 2:4],
+        axes=things.axes * np.exp(0.15 * z[..., 4:6]) * np.where(kept, 1, 1e-3)[..., None],
+        angle=things.angle + 0.25 * z[..., 12],
+    )
+
+
+def place(things: Things, centre: Floats, scale: Floats, angle: Floats, flip: Floats) -> Things:
+    """Move things (B, L) from their object's frame to the image's: the object's centre (B, 2), scale, angle, flip of +-1 (B,)."""
+    x, y = flip[:, None] * things.centre[..., 0], things.centre[..., 1]
+    c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    moved = np.stack([c * x - s * y, s * x + c * y], -1)
+    return replace(
+        things,
+        centre=centre[:, None] + scale[:, None, None] * moved,
+        axes=things.axes * scale[:, None, None] * np.stack([flip, np.ones_like(flip)], -1)[:, None],
+        angle=angle[:, None] + flip[:, None] * things.angle,
+    )
+
+
+def stack_things(*groups: Things) -> Things:
+    """Join things (B, L1), (B, L2), ... to (B, L1 + L2 + ...)."""
+    return Things(*(np.concatenate([getattr(group, field.name) for group in groups], axis=1) for field in fields(Things)))
+
+
+def wave(turns: Floats) -> Floats:
+    """Approximate sin(2 pi x) by parabolas, in place: within 0.06, and exact arithmetic on every machine."""
+    turns -= np.rint(turns)
+    turns *= 8 - 16 * np.abs(turns)
+    return turns
+
+
+def fractal_noise(side: int, seed: int) -> Floats:
+    """Make a periodic (side, side) plane of value noise: octaves of bilinear lattices, each half as strong, within about [-1, 1]."""
+    plane = np.zeros((side, side))
+    cells = 2
+    while cells <= side // 2:
+        lattice = uniform(derive_seed(seed, cells), np.arange(cells), cells) * 2 - 1
+        at = np.arange(side) * cells / side
+        low = at.astype(int)
+        high, part = (low + 1) % cells, at - low
+        rows = lattice[low] * (1 - part)[:, None] + lattice[high] * part[:, None]
+        plane += (rows[:, low] * (1 - part) + rows[:, high] * part) / np.sqrt(cells)
+        cells *= 2
+    return (plane / np.abs(plane).max()).astype(np.float32)
+
+
+class ShapesSource:
+    """The embedded corpus as a map-style source: any example of any split, at any size, made on request.
+
+    Classes are balanced in every run of `classes` consecutive examples; both splits show the same classes in different
+    instances; class k of one seed is the same object however many classes there are.
+
+    Args:
+        classes: 2 to 21,000.
+        examples: length; examples 0 to n-1 are the same for every length of n or more.
+        image_size: (height, width), each 16 to 512 px.
+        seed: another seed is another corpus.
+        split: "train" or "val".
+    """
+
+    uniform = True  # every image has `image_size`, so `batch` exists
+    labels: NDArray[np.int64] | None = None  # too many to list: see `label_of`
+
+    def __init__(self, *, classes: int, examples: int, image_size: tuple[int, int], seed: int, split: str) -> None:
+        if not 2 <= classes <= MAX_CLASSES:
+            raise ValueError(f"classes must be 2 to {MAX_CLASSES}, got {classes}")
+        if examples < 1:
+            raise ValueError(f"examples must be positive, got {examples}")
+        if not all(MIN_SIDE <= side <= MAX_SIDE for side in image_size):
+            raise ValueError(f"image_size must be {MIN_SIDE} to {MAX_SIDE} px a side, got {image_size}")
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be train or val, got {split!r}")
+        self.height, self.width = image_size
+        self.num_classes, self.examples, self.split = classes, examples, split
+        self.classes = [f"shape_{k:05d}" for k in range(classes)]
+        identity = ("shapes", VERSION, seed)
+        self.name = "shapes"
+        text = repr((*identity, classes, examples, self.height, self.width, split))
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.class_seed = derive_seed(*identity, "classes")
+        self.label_seed = derive_seed(*identity, split, "labels")
+        self.scene_seed, self.thing_seed, self.jitter_seed = (derive_seed(*identity, split, n) for n in ("scene", "thing", "jitter"))
+        short = min(self.height, self.width)
+        self.line_x = ((np.arange(self.width) + 0.5 - self.width / 2) * (2 / short)).astype(np.float32)
+        self.line_y = ((np.arange(self.height) + 0.5 - self.height / 2) * (2 / short)).astype(np.float32)
+        # A crop as large as the image is a part of the plane's period, at most a quarter of it, so that crops differ.
+        self.period = 1 << max(8, (4 * max(image_size) - 1).bit_length())
+        plane = fractal_noise(self.period, derive_seed(*identity, "fractal")) * 2
+        self.fractal = np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap")
+        pad = self.height * self.width * 3
+        grain = normal(derive_seed(*identity, "grain"), np.arange(NOISE_BANK // 64), 64).astype(np.float32).ravel()
+        self.grain = np.pad(grain, (0, pad), mode="wrap")
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        """Return the image, uint8 (H, W, 3), and the label of one example."""
+        images, labels = self.batch([index])
+        return images[0], int(labels[0])
+
+    def label_of(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Return the labels, int64 (B,), of examples (B,): each block of `classes` examples shows every class once, shuffled."""
+        i = np.asarray(indices, dtype=np.int64)
+        block, position = np.divmod(i, self.num_classes)
+        offset = (uniform(self.label_seed, block, 1)[:, 0] * self.num_classes).astype(np.int64)
+        shuffled = permute(position, self.num_classes, self.label_seed)
+        return permute((shuffled + offset) % self.num_classes, self.num_classes, self.label_seed + 1)
+
+    def batch(self, indices: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return images, uint8 (B, H, W, 3), and labels, int64 (B,), of examples (B,) in [0, len).
+
+        Raises:
+            IndexError: an index is outside [0, len).
+        """
+        i = np.asarray(indices, dtype=np.int64)
+        if i.size and not 0 <= int(i.min()) <= int(i.max()) < self.examples:
+            raise IndexError(f"examples are numbered 0 to {self.examples - 1}, got {int(i.min())} to {int(i.max())}")
+        labels = self.label_of(i)
+        images = np.empty((len(i), self.height, self.width, 3), dtype=np.uint8)
+        count = max(1, CHUNK_PIXELS // (self.height * self.width))
+        for start in range(0, len(i), count):
+            chunk = slice(start, start + count)
+            images[chunk] = self.paint(i[chunk], labels[chunk])
+        return images, labels
+
+    def scenes(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[Things, Floats]:
+        """Return what examples (B,) show, back to front: things (B, LAYERS) in the image's frame, and scene draws."""
+        B = len(i)
+        u = uniform(self.scene_seed, i, SCENE_DRAWS)
+        clutter = things_from(uniform(self.thing_seed, i, (BEHIND + BEFORE) * PART_DRAWS).reshape(B, -1, PART_DRAWS))
+        z = normal(self.jitter_seed, i, PARTS * JITTER_DRAWS).reshape(B, PARTS, JITTER_DRAWS)
+        design = uniform(self.class_seed, labels, PARTS * PART_DRAWS).reshape(B, PARTS, PART_DRAWS)
+        parts = things_from(design)
+        parts.centre[:, 0] *= 0  # the body
+        parts.axes[:, 0] *= 1.6
+        kept = np.concatenate([np.ones((B, 1)), u[:, :PARTS - 1]], 1) > 0.15
+        parts = vary(parts, z, kept)
+        reach = np.stack([self.line_x[-1:], self.line_y[-1:]], -1)  # (1, 2): half the image
+        parts = place(
+            parts,
+            centre=(2 * u[:, 4:6] - 1) * 0.4 * reach,
+            scale=np.exp(0.9 * (u[:, 6] - 0.55)),
+            angle=0.35 * (u[:, 7] + u[:, 8] + u[:, 9] - 1.5) * 2,
+            flip=np.where(u[:, 10] < 0.5, -1.0, 1.0),
+        )
+        spots = np.concatenate([u[:, 11:13], u[:, 13:15], u[:, 15:17]], 1).reshape(B, 3, 2)
+        clutter = replace(clutter, centre=(2 * spots - 1) * 1.1 * reach)
+        behind, before = (replace(clutter, **{f.name: getattr(clutter, f.name)[:, part] for f in fields(Things)}) for part in (slice(BEHIND), slice(BEHIND, None)))
+        tint = (u[:, None, 17:20] - 0.5) * 0.25
+        things = stack_things(behind, parts, before)
+        return replace(things, middle=things.middle + tint), u
+
+    def paint(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return images, uint8 (B, H, W, 3)."""
+        things, u = self.scenes(i, labels)
+        B, H, W = len(i), self.height, self.width
+        x, y = self.line_x[None, None, :], self.line_y[None, :, None]
+        fractal = np.empty((2, B, H, W), np.float32)
+        grain = np.empty((B, 3, H, W), np.float32)
+        corners = (u[:, 20:24] * self.period).astype(int)
+        starts = (u[:, 24] * NOISE_BANK).astype(int)
+        for b in range(B):
+            for n in range(2):
+                top, left = corners[b, 2 * n], corners[b, 2 * n + 1]
+                fractal[n, b] = self.fractal[top : top + H, left : left + W]
+            grain[b] = self.grain[starts[b] : starts[b] + 3 * H * W].reshape(3, H, W)
+
+        def per_image(values: NDArray[np.floating]) -> Floats:
+            return values.astype(np.float32)[:, None, None]
+
+        backdrop = uniform(self.class_seed + 1, labels, 6)
+        colours = 0.5 * backdrop + 0.5 * u[:, 25:31]
+        first, second = colours[:, :3], colours[:, 3:]
+        slope = (u[:, 22:24] * 2 - 1) * 0.5
+        mixing = fractal[0] + (per_image(slope[:, 0]) * x + per_image(slope[:, 1]) * y)
+        image = np.empty((B, 3, H, W), np.float32)
+        for channel in range(3):
+            np.multiply(mixing, per_image((first - second)[:, channel] / 2), out=image[:, channel])
+            image[:, channel] += per_image((first + second)[:, channel] / 2)
+
+        ca, sa = np.cos(things.angle), np.sin(things.angle)
+        ax, ay = things.axes[..., 0], things.axes[..., 1]
+        softness = np.sqrt(np.abs(ax * ay)) * (min(H, W) / 2)
+        for n in range(LAYERS):
+            cx, cy = per_image(things.centre[:, n, 0]), per_image(things.centre[:, n, 1])
+            dx, dy = x - cx, y - cy  # (B, 1, W), (B, H, 1)
+            v_x, v_y = per_image(-sa[:, n] / ay[:, n]) * dx, per_image(ca[:, n] / ay[:, n]) * dy
+            u_x, u_y = per_image(ca[:, n] / ax[:, n]) * dx, per_image(sa[:, n] / ax[:, n]) * dy
+            u_ = u_x + u_y
+            v_ = v_x + v_y
+            square = u_ * u_
+            v_ *= v_
+            square += v_
+            radius = np.sqrt(square)
+            u_ /= radius + np.float32(1e-6)
+            u_ *= 2  # 2 cos t
+            contour = things.contour[:, n]
+            older = per_image(contour[:, -1]) + np.zeros_like(u_)
+            newer = u_ * older
+            newer += per_image(contour[:, -2])
+            for k in range(HARMONICS - 3, -1, -1):
+                fresh = u_ * newer
+                fresh -= older
+                fresh += per_image(contour[:, k])
+                older, newer = newer, fresh
+            # Clenshaw: sum_k a_k cos kt = b_1 cos t - b_2
+            u_ *= newer
+            u_ *= 0.5
+            u_ -= older
+            u_ += 1
+            u_ -= radius
+            u_ *= per_image(softness[:, n])
+            u_ += 0.5
+            mask = np.minimum(np.maximum(u_, 0, out=u_), 1, out=u_)
+
+            along, across, outward = (per_image(things.waves[:, n, k]) for k in range(3))
+            turns = (along * u_x + across * v_x) + (along * u_y + across * v_y + per_image(things.phase[:, n]))
+            radius *= outward
+            turns += radius
+            turns += per_image(things.warp[:, n]) * fractal[1]
+            texture = wave(turns)
+            texture *= per_image(things.contrast[:, n])
+            np.minimum(np.maximum(texture, -1, out=texture), 1, out=texture)
+            square *= -0.25
+            square += 1.1
+            for channel in range(3):
+                colour = texture * per_image(things.swing[:, n, channel])
+                colour += per_image(things.middle[:, n, channel])
+                colour *= square
+                colour -= image[:, channel]
+                colour *= mask
+                image[:, channel] += colour
+        grain *= per_image(0.08 * u[:, 31] ** 2)[:, None]
+        image += grain
+        image *= 255
+        image += 0.5
+        np.minimum(np.maximum(image, 0, out=image), 255, out=image)
+        return image.transpose(0, 2, 3, 1).astype(np.uint8)

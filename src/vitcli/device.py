@@ -1,0 +1,94 @@
+"""What the machine is and what is fast on it: device, precision, memory allocator."""
+
+import ctypes
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from vitcli.errors import ConfigError
+
+__all__ = ["choose_device", "choose_precision", "flops_per_second", "hardware", "keep_freed_memory", "memory_bytes"]
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks in the process.
+
+    By default every tensor above 128 KiB is mapped and unmapped anew, and a training step on the CPU spends much of its time
+    in page faults. Does nothing where the C library is another one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and platform.libc_ver()[0] == "glibc":
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest value glibc takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 64 << 20)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: `cuda` is asked for and torch sees no GPU.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but torch sees no GPU here; use auto or cpu")
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def choose_precision(wanted: str, device: torch.device, *, width: int) -> str:
+    """Return `float32` or `bf16` for `auto`: bf16 on a GPU that has it, and on a CPU where a short measurement finds it faster.
+
+    The measurement times a matrix product of the MLP's shape, 0.1 s or less; the run records the outcome, so a resumed run keeps it.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(2048, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    # bf16 also costs casts and slower element-wise kernels, so a product must win clearly before a step does
+    return "bf16" if seconds(torch.bfloat16) < 0.6 * seconds(torch.float32) else "float32"
+
+
+def flops_per_second(device: torch.device) -> float:
+    """Return a cautious guess of sustained training speed, for planning only: FLOP/s of a small model in its usual precision."""
+    return 50e12 if device.type == "cuda" else 20e9 * (torch.get_num_threads() or 1)
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Return the memory that training may use: free GPU memory, or what the operating system calls available."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def hardware(device: torch.device) -> str:
+    """Describe the device in a few words, for manifests and tables."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"

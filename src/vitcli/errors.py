@@ -1,0 +1,37 @@
+"""Every error a user can mend, in one place.
+
+The command line prints such an error as one line (what, where, what was expected, what to do) and exits with `exit_code`;
+`--debug` shows the traceback. Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "Interrupted", "RunExistsError", "UserError"]
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one complete line."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type or range, or contradicts another one."""
+
+
+class DataError(UserError):
+    """A data set is missing, unreadable, or does not fit what is asked of it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weights file is missing, damaged, or belongs to another model."""
+
+
+class RunExistsError(UserError):
+    """The run directory belongs to another config, or another process is writing to it."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; everything worth keeping is saved before this reaches the command line."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.exit_code = 128 + signum

@@ -1,0 +1,142 @@
+"""From what a config says to what a run will do: every `null` gets its value once, before the first step.
+
+Steps, epochs and examples become steps; micro-batch, precision and intervals are chosen. The resolved config is written to the
+run directory and is all that a resumed run needs. `describe` is what `--dry-run` prints.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vitcli.config import Config, resolve_model
+from vitcli.device import choose_precision, hardware, memory_bytes
+from vitcli.errors import ConfigError
+from vitcli.models import build_model
+from vitcli.models.flops import activation_bytes, forward_flops
+from vitcli.optim import lr_at
+
+__all__ = ["Plan", "build_plan", "describe", "lr_of_step", "resolve"]
+
+GIB = 2**30
+MICRO_BATCH_CAP = {"cpu": 128, "cuda": 1024}  # images; beyond it a step gains nothing and leaves the CPU's caches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before its first step. Sizes in images, FLOPs (a multiply-add counts 2) and bytes."""
+
+    config: Config
+    num_classes: int
+    train_examples: int
+    val_examples: int
+    parameters: int
+    flops_per_image: int
+    memory_estimate_bytes: int
+    device: torch.device
+
+
+def lr_of_step(config: Config, step: int) -> float:
+    """Return the learning rate of step 0, 1, ... of a resolved config."""
+    optim = config.optim
+    assert config.train.steps is not None and optim.warmup_steps is not None
+    return lr_at(
+        step, lr=optim.lr, end_lr=optim.end_lr, total_steps=config.train.steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule
+    )
+
+
+def resolve(config: Config, *, train_examples: int, num_classes: int, device: torch.device) -> Config:
+    """Return the config with every `null` that planning decides replaced by its value."""
+    model = resolve_model(config.model)
+    train, optim, log = config.train, config.optim, config.log
+    if train.steps is not None:
+        steps = train.steps
+    elif train.examples is not None:
+        steps = math.ceil(train.examples / train.batch_size)
+    else:
+        assert train.epochs is not None
+        steps = math.ceil(train.epochs * train_examples / train.batch_size)
+    warmup_steps = optim.warmup_steps if optim.warmup_steps is not None else min(10_000, steps // 20)
+    if warmup_steps >= steps:
+        raise ConfigError(f"optim.warmup_steps is {warmup_steps}, but the run has {steps} steps; make it shorter")
+    micro = train.micro_batch_size or _micro_batch_size(config, device, num_classes)
+    assert model.width is not None
+    return config.model_copy(
+        update={
+            "model": model,
+            "optim": optim.model_copy(update={"warmup_steps": warmup_steps}),
+            "train": train.model_copy(
+                update={
+                    "steps": steps, "epochs": None, "examples": None, "micro_batch_size": micro,
+                    "precision": choose_precision(train.precision, device, width=model.width),
+                }  # fmt: skip
+            ),
+            "log": log.model_copy(
+                update={
+                    "log_every_steps": log.log_every_steps or max(1, min(100, steps // 100)),
+                    "eval_every_steps": log.eval_every_steps or max(1, math.ceil(steps / 10)),
+                    "checkpoint_every_steps": log.checkpoint_every_steps or max(1, min(1000, math.ceil(steps / 10))),
+                }
+            ),
+        }
+    )
+
+
+def _micro_batch_size(config: Config, device: torch.device, num_classes: int) -> int:
+    """Halve the batch until it is under the device's useful size and its activations fit in half of the free memory."""
+    micro, available = config.train.batch_size, memory_bytes(device)
+    per_image = _activation_bytes(config, num_classes)
+    while micro > 1 and (micro > MICRO_BATCH_CAP[device.type] or (available is not None and micro * per_image > available / 2)):
+        micro = math.ceil(micro / 2)
+    return micro
+
+
+def _flop_sizes(config: Config, num_classes: int) -> dict[str, object]:
+    model = resolve_model(config.model)
+    keys = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "representation_size", "pool")
+    return {"image_size": config.data.image_size, "num_classes": num_classes, **{key: getattr(model, key) for key in keys}}
+
+
+def _activation_bytes(config: Config, num_classes: int) -> int:
+    return activation_bytes(**_flop_sizes(config, num_classes))  # type: ignore[arg-type]
+
+
+def build_plan(config: Config, *, num_classes: int, train_examples: int, val_examples: int, device: torch.device) -> Plan:
+    """Work out what a resolved config costs; builds the model without memory to count its parameters."""
+    with torch.device("meta"):
+        model = build_model(resolve_model(config.model), image_size=config.data.image_size, num_classes=num_classes)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for n, p in model.named_parameters() if not config.train.freeze_backbone or n.startswith("head."))
+    moments = 1 if config.optim.name == "sgd" else 2
+    copies = 1 + (config.train.ema_decay is not None)
+    assert config.train.micro_batch_size is not None
+    memory = 4 * parameters * copies + 4 * trained * (1 + moments)
+    memory += config.train.micro_batch_size * _activation_bytes(config, num_classes)
+    flops = forward_flops(**_flop_sizes(config, num_classes))  # type: ignore[arg-type]
+    return Plan(config, num_classes, train_examples, val_examples, parameters, flops, memory, device)
+
+
+def describe(plan: Plan) -> list[str]:
+    """Return the plan as lines for a person."""
+    config = plan.config
+    model, train, optim = config.model, config.train, config.optim
+    steps, batch = train.steps, train.batch_size
+    assert steps is not None and optim.warmup_steps is not None
+    images = steps * batch
+    rows, columns = (side // (model.patch_size or 1) for side in config.data.image_size)
+    points = sorted({0, optim.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1})
+    curve = ", ".join(f"{step:,}: {lr_of_step(config, step):.2e}" for step in points)
+    passes = images / plan.train_examples
+    return [
+        f"model       ViT, width {model.width}, depth {model.depth}, {model.num_heads} heads, {rows} x {columns} patches of "
+        f"{model.patch_size} px, {plan.num_classes:,} classes",
+        f"parameters  {plan.parameters:,}",
+        f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {3 * images * plan.flops_per_image:.3g} for the run",
+        f"data        {config.data.source}: {plan.train_examples:,} training and {plan.val_examples:,} evaluation images",
+        f"length      {steps:,} steps of {batch:,} ({train.micro_batch_size} at a time), {passes:.3g} epochs, {images:,} images",
+        f"optimiser   {optim.name}, weight decay {optim.weight_decay:g}, gradient clip {optim.grad_clip}",
+        f"lr          {optim.schedule}; by step: {curve}",
+        f"precision   {train.precision} on {hardware(plan.device)}",
+        f"memory      about {plan.memory_estimate_bytes / GIB:.2f} GiB for weights, optimiser and activations",
+        f"run         {config.out}",
+    ]

@@ -169,8 +169,9 @@ def write_weights(path: Path, state: Mapping[str, Tensor], *, about: Mapping[str
             tensor = tensor.clone()  # safetensors refuses tensors that share memory, and a slice would drag its whole along
         seen.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
-    description = json.dumps({**about, "tensors_sha256": sha256_of_tensors(tensors)})
-    save_file(tensors, path, metadata={"format": "pt", "vit": description})
+    description = {**about, "tensors_sha256": sha256_of_tensors(tensors)}
+    description["sha256"] = sha256_of_json(description)
+    save_file(tensors, path, metadata={"format": "pt", "vit": json.dumps(description)})
     # The library writes the two metadata keys in random order; sorting them keeps equal checkpoints equal byte for byte.
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -358,7 +359,9 @@ def load_weights_file(path: Path, *, say: Callable[[str], None] | None = None) -
         CheckpointError: `path` is none of the three, or damaged.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory; expected a run directory, a checkpoint or a .safetensors file")
+        raise CheckpointError(
+            f"{path}: no such file or directory; expected a run directory, a checkpoint or a .safetensors file"
+        )
     if (path / "checkpoints").is_dir():
         latest = latest_checkpoint(path, say=say)
         if latest is None:
@@ -409,14 +412,18 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if "vit" not in metadata:
-        raise CheckpointError(f"{path}: does not say which model and classes it holds (no `vit` metadata); expected a file vit wrote")
+        raise CheckpointError(
+            f"{path}: does not say which model and classes it holds (no `vit` metadata); expected a file vit wrote"
+        )
     try:
         about = json.loads(metadata["vit"])
     except ValueError:
         raise damaged(path, "its `vit` metadata is not JSON") from None
-    complaint = malformed(about) if isinstance(about, dict) else "is not a JSON object"
+    if not isinstance(about, dict) or about.pop("sha256", None) != sha256_of_json(about):
+        raise damaged(path, "its `vit` metadata is not what was written (SHA-256 differs)")
+    complaint = malformed(about)
     if complaint:
         raise damaged(path, f"its `vit` metadata: {complaint}")
-    if not isinstance(about.get("is_ema"), bool) or about.get("tensors_sha256") != sha256_of_tensors(tensors):
+    if about.pop("tensors_sha256", None) != sha256_of_tensors(tensors):
         raise damaged(path, "its tensors are not what was written (SHA-256 differs)")
     return tensors, about

@@ -1,7 +1,7 @@
 """YAML files and `key=value` overrides to a valid `Config`, and back; every error names file, line and key.
 
 Layers, weakest first: a recipe (fine-tuning only), the file, the overrides. A layer that sets the length of the run in one unit
-removes the weaker layers' other units. Nothing in a file is ever executed: only YAML's plain scalars, lists and maps are read.
+removes the weaker layers' other units, and the recipe's warm-up with them. Nothing in a file is ever executed: only YAML's plain scalars, lists and maps are read.
 """
 
 import difflib
@@ -43,6 +43,7 @@ class Layers:
     def __init__(self, base: Mapping[str, Any] | None = None, *, base_name: str = "recipe") -> None:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
+        self.base_name = base_name
         if base:
             self.add(dict(flatten(base)), {}, base_name)
 
@@ -51,6 +52,8 @@ class Layers:
         if any(f"train.{unit}" in values for unit in LENGTHS):
             for unit in LENGTHS:
                 self.values.pop(f"train.{unit}", None)
+            if self.origins.get("optim.warmup_steps") == self.base_name:
+                self.values.pop("optim.warmup_steps", None)  # a recipe's warm-up belongs to the recipe's length
         for key, value in values.items():
             for old in [k for k in self.values if k.startswith(key + ".") or key.startswith(k + ".")]:
                 del self.values[old]  # `data: null` replaces data.source, and the other way round

@@ -51,24 +51,16 @@ def finetune_recipe(
     if dataset in TABLE_4 and min(height, width) >= 224:
         height = width = HIGH_RESOLUTION // patch * patch
     settings: dict[str, Any] = {
-        "model": {**model, "variant": None, "representation_size": None, "head_bias": 0.0},
-        "data": {
-            "source": dataset,
-            "image_size": [height, width],
-            "mean": list(preprocessing["mean"]),
-            "std": list(preprocessing["std"]),
-            "eval_crop_fraction": preprocessing["eval_crop_fraction"],
-        },
+        "data": {"image_size": [height, width]},
         "augment": {"crop": "inception", "min_area": 0.05, "flip": True},
     }
     if dataset in TABLE_4:
         steps, warmup_steps = TABLE_4[dataset]
         batch_size = 512
         settings["optim"] = {
-            "name": "sgd", "momentum": 0.9, "lr": TABLE_4_LR, "schedule": "cosine", "weight_decay": 0.0, "grad_clip": 1.0,
-            "warmup_steps": None, "end_lr": 0.0,
+            "name": "sgd", "momentum": 0.9, "lr": TABLE_4_LR, "schedule": "cosine", "warmup_steps": warmup_steps,
+            "weight_decay": 0.0, "grad_clip": 1.0,
         }  # fmt: skip
-        settings["optim"]["warmup_steps"] = warmup_steps
         notes.append(f"recipe: the paper's Table 4 for {dataset} (SGD, {steps:,} steps of 512, lr {TABLE_4_LR}, {height} x {width} px)")
         if min(preprocessing["image_size"]) < 224:
             notes.append(f"resolution: kept at the checkpoint's {height} x {width} px; Table 4's 384 px are for models pretrained at 224 px")
@@ -76,8 +68,7 @@ def finetune_recipe(
         if seconds > 2 * UNKNOWN_BUDGET_SECONDS:
             affordable = max(1, int(steps * UNKNOWN_BUDGET_SECONDS / seconds))
             notes.append(
-                f"time: about {seconds / 3600:.1f} h on this machine; for half an hour add "
-                f"train.steps={affordable} optim.warmup_steps={max(1, affordable // 10)}"
+                f"time: about {seconds / 3600:.1f} h on this machine; for half an hour add train.steps={affordable}"
             )
     else:
         batch_size = _power_of_two(num_examples / 20, 16, 512)

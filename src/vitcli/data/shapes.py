@@ -8,9 +8,10 @@ Pixels see only + - * / sqrt and rounding, which are exact everywhere, so no bat
 """
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vitcli.randomness import derive_seed, normal, permute, uniform
@@ -27,9 +28,10 @@ BEHIND, PARTS, BEFORE = 2, 4, 1  # clutter behind, the object's body and what si
 HARMONICS = 6  # of a contour
 LAYERS = BEHIND + PARTS + BEFORE
 PART_DRAWS = HARMONICS + 15  # uniform numbers that make one thing
-SCENE_DRAWS = 32  # uniform numbers that make a scene's pose, light, background and noise
+SCENE_DRAWS = 34  # uniform numbers that make a scene's pose, light, background and noise
 JITTER_DRAWS = HARMONICS + 13  # normal numbers that vary one thing
 NOISE_BANK = 1 << 18  # samples of pixel noise; an image reads them from a derived offset
+SCENES_AT_ONCE = 256
 CHUNK_PIXELS = 1 << 15  # painted at once: float32 planes of 128 KiB stay in a core's cache
 
 
@@ -101,16 +103,16 @@ def place(things: Things, centre: Floats, scale: Floats, angle: Floats, flip: Fl
     )
 
 
-def stack_things(*groups: Things) -> Things:
-    """Join things (B, L1), (B, L2), ... to (B, L1 + L2 + ...)."""
-    return Things(*(np.concatenate([getattr(group, field.name) for group in groups], axis=1) for field in fields(Things)))
-
-
-def wave(turns: Floats) -> Floats:
-    """Approximate sin(2 pi x) by parabolas, in place: within 0.06, and exact arithmetic on every machine."""
-    turns -= np.rint(turns)
-    turns *= 8 - 16 * np.abs(turns)
-    return turns
+def pack(things: Things, light: Floats, pixels: float) -> Floats:
+    """Return what `paint` needs of things (B, L), as (B, L, n): `light` (B, 1, 3) is added, `pixels` is the length of a unit."""
+    x, y = things.centre[..., 0], things.centre[..., 1]
+    c, s = np.cos(things.angle), np.sin(things.angle)
+    a, b = things.axes[..., 0], things.axes[..., 1]
+    frame = [c / a, s / a, -(c * x + s * y) / a, -s / b, c / b, (s * x - c * y) / b, np.sqrt(np.abs(a * b)) * pixels]
+    one = [things.phase, things.warp, things.contrast, *frame]
+    many = [things.waves, things.middle + light, things.swing]
+    columns = [things.contour, np.stack(one, -1), *many]
+    return np.concatenate(columns, -1)
 
 
 def fractal_noise(side: int, seed: int) -> Floats:
@@ -167,13 +169,14 @@ class ShapesSource:
         short = min(self.height, self.width)
         self.line_x = ((np.arange(self.width) + 0.5 - self.width / 2) * (2 / short)).astype(np.float32)
         self.line_y = ((np.arange(self.height) + 0.5 - self.height / 2) * (2 / short)).astype(np.float32)
+        self.x, self.y = torch.from_numpy(self.line_x).view(1, 1, -1), torch.from_numpy(self.line_y).view(1, -1, 1)
+        self.pixels = short / 2  # per unit of length
         # A crop as large as the image is a part of the plane's period, at most a quarter of it, so that crops differ.
         self.period = 1 << max(8, (4 * max(image_size) - 1).bit_length())
         plane = fractal_noise(self.period, derive_seed(*identity, "fractal")) * 2
-        self.fractal = np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap")
-        pad = self.height * self.width * 3
+        self.fractal = torch.from_numpy(np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap"))
         grain = normal(derive_seed(*identity, "grain"), np.arange(NOISE_BANK // 64), 64).astype(np.float32).ravel()
-        self.grain = np.pad(grain, (0, pad), mode="wrap")
+        self.grain = torch.from_numpy(np.pad(grain, (0, 3 * self.height * self.width), mode="wrap"))
 
     def __len__(self) -> int:
         return self.examples
@@ -203,121 +206,92 @@ class ShapesSource:
         labels = self.label_of(i)
         images = np.empty((len(i), self.height, self.width, 3), dtype=np.uint8)
         count = max(1, CHUNK_PIXELS // (self.height * self.width))
-        for start in range(0, len(i), count):
-            chunk = slice(start, start + count)
-            images[chunk] = self.paint(i[chunk], labels[chunk])
+        for first in range(0, len(i), SCENES_AT_ONCE):
+            scenes = slice(first, first + SCENES_AT_ONCE)
+            backdrop, layers = self.scenes(i[scenes], labels[scenes])
+            for start in range(0, backdrop.shape[1], count):
+                part = slice(start, start + count)
+                images[first + start : first + start + count] = self.paint(backdrop[:, part], layers[:, :, part])
         return images, labels
 
-    def scenes(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[Things, Floats]:
-        """Return what examples (B,) show, back to front: things (B, LAYERS) in the image's frame, and scene draws."""
+    def scenes(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Return the numbers that examples (B,) are painted from: backdrops (n, B) and layers, back to front, (LAYERS, n, B)."""
         B = len(i)
         u = uniform(self.scene_seed, i, SCENE_DRAWS)
-        clutter = things_from(uniform(self.thing_seed, i, (BEHIND + BEFORE) * PART_DRAWS).reshape(B, -1, PART_DRAWS))
-        z = normal(self.jitter_seed, i, PARTS * JITTER_DRAWS).reshape(B, PARTS, JITTER_DRAWS)
-        design = uniform(self.class_seed, labels, PARTS * PART_DRAWS).reshape(B, PARTS, PART_DRAWS)
-        parts = things_from(design)
-        parts.centre[:, 0] *= 0  # the body
+        reach = np.array([self.line_x[-1], self.line_y[-1]])  # half the image
+
+        design = uniform(self.class_seed, labels, PARTS * PART_DRAWS + 6)
+        parts = things_from(design[:, 6:].reshape(B, PARTS, PART_DRAWS))
+        parts.centre[:, 0] = 0  # the body is what the other parts sit on
         parts.axes[:, 0] *= 1.6
-        kept = np.concatenate([np.ones((B, 1)), u[:, :PARTS - 1]], 1) > 0.15
-        parts = vary(parts, z, kept)
-        reach = np.stack([self.line_x[-1:], self.line_y[-1:]], -1)  # (1, 2): half the image
+        kept = np.concatenate([np.ones((B, 1), bool), u[:, : PARTS - 1] > 0.15], 1)
+        parts = vary(parts, normal(self.jitter_seed, i, PARTS * JITTER_DRAWS).reshape(B, PARTS, JITTER_DRAWS), kept)
         parts = place(
             parts,
             centre=(2 * u[:, 4:6] - 1) * 0.4 * reach,
             scale=np.exp(0.9 * (u[:, 6] - 0.55)),
-            angle=0.35 * (u[:, 7] + u[:, 8] + u[:, 9] - 1.5) * 2,
+            angle=0.7 * (u[:, 7:10].sum(1) - 1.5),
             flip=np.where(u[:, 10] < 0.5, -1.0, 1.0),
         )
-        spots = np.concatenate([u[:, 11:13], u[:, 13:15], u[:, 15:17]], 1).reshape(B, 3, 2)
-        clutter = replace(clutter, centre=(2 * spots - 1) * 1.1 * reach)
-        behind, before = (replace(clutter, **{f.name: getattr(clutter, f.name)[:, part] for f in fields(Things)}) for part in (slice(BEHIND), slice(BEHIND, None)))
-        tint = (u[:, None, 17:20] - 0.5) * 0.25
-        things = stack_things(behind, parts, before)
-        return replace(things, middle=things.middle + tint), u
+        clutter = things_from(uniform(self.thing_seed, i, (BEHIND + BEFORE) * PART_DRAWS).reshape(B, -1, PART_DRAWS))
+        clutter = replace(clutter, centre=(2 * u[:, 11:17].reshape(B, -1, 2) - 1) * 1.1 * reach)
+        light = 0.25 * (u[:, None, 17:20] - 0.5)
+        around, thing = pack(clutter, light, self.pixels), pack(parts, light, self.pixels)
+        layers = np.concatenate([around[:, :BEHIND], thing, around[:, BEHIND:]], 1)
 
-    def paint(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return images, uint8 (B, H, W, 3)."""
-        things, u = self.scenes(i, labels)
-        B, H, W = len(i), self.height, self.width
-        x, y = self.line_x[None, None, :], self.line_y[None, :, None]
-        fractal = np.empty((2, B, H, W), np.float32)
-        grain = np.empty((B, 3, H, W), np.float32)
-        corners = (u[:, 20:24] * self.period).astype(int)
-        starts = (u[:, 24] * NOISE_BANK).astype(int)
-        for b in range(B):
-            for n in range(2):
-                top, left = corners[b, 2 * n], corners[b, 2 * n + 1]
-                fractal[n, b] = self.fractal[top : top + H, left : left + W]
-            grain[b] = self.grain[starts[b] : starts[b] + 3 * H * W].reshape(3, H, W)
-
-        def per_image(values: NDArray[np.floating]) -> Floats:
-            return values.astype(np.float32)[:, None, None]
-
-        backdrop = uniform(self.class_seed + 1, labels, 6)
-        colours = 0.5 * backdrop + 0.5 * u[:, 25:31]
+        colours = 0.5 * design[:, :6] + 0.5 * u[:, 20:26]
         first, second = colours[:, :3], colours[:, 3:]
-        slope = (u[:, 22:24] * 2 - 1) * 0.5
-        mixing = fractal[0] + (per_image(slope[:, 0]) * x + per_image(slope[:, 1]) * y)
-        image = np.empty((B, 3, H, W), np.float32)
-        for channel in range(3):
-            np.multiply(mixing, per_image((first - second)[:, channel] / 2), out=image[:, channel])
-            image[:, channel] += per_image((first + second)[:, channel] / 2)
+        backdrop = np.concatenate([(first + second) / 2, (first - second) / 2, u[:, 26:28] - 0.5, 0.08 * u[:, 28:29] ** 2, u[:, 29:34]], 1)
+        return np.ascontiguousarray(backdrop.T, np.float32), np.ascontiguousarray(layers.transpose(1, 2, 0), np.float32)
 
-        ca, sa = np.cos(things.angle), np.sin(things.angle)
-        ax, ay = things.axes[..., 0], things.axes[..., 1]
-        softness = np.sqrt(np.abs(ax * ay)) * (min(H, W) / 2)
-        for n in range(LAYERS):
-            cx, cy = per_image(things.centre[:, n, 0]), per_image(things.centre[:, n, 1])
-            dx, dy = x - cx, y - cy  # (B, 1, W), (B, H, 1)
-            v_x, v_y = per_image(-sa[:, n] / ay[:, n]) * dx, per_image(ca[:, n] / ay[:, n]) * dy
-            u_x, u_y = per_image(ca[:, n] / ax[:, n]) * dx, per_image(sa[:, n] / ax[:, n]) * dy
-            u_ = u_x + u_y
-            v_ = v_x + v_y
-            square = u_ * u_
-            v_ *= v_
-            square += v_
-            radius = np.sqrt(square)
-            u_ /= radius + np.float32(1e-6)
-            u_ *= 2  # 2 cos t
-            contour = things.contour[:, n]
-            older = per_image(contour[:, -1]) + np.zeros_like(u_)
-            newer = u_ * older
-            newer += per_image(contour[:, -2])
+    def paint(self, backdrop: Floats, layers: Floats) -> NDArray[np.uint8]:
+        """Paint images, uint8 (B, H, W, 3), from what `scenes` returned."""
+        B, H, W = backdrop.shape[1], self.height, self.width
+        x, y = self.x, self.y  # (1, 1, W), (1, H, 1)
+        veil, marble, grain = torch.empty(B, H, W), torch.empty(B, H, W), torch.empty(3, B, H, W)
+        corners = (backdrop[9:13] * self.period).astype(int).T.tolist()
+        for b, (row, column, marble_row, marble_column) in enumerate(corners):
+            veil[b] = self.fractal[row : row + H, column : column + W]
+            marble[b] = self.fractal[marble_row : marble_row + H, marble_column : marble_column + W]
+        for b, start in enumerate((backdrop[13] * NOISE_BANK).astype(int).tolist()):
+            grain[:, b] = self.grain[start : start + 3 * H * W].view(3, H, W)
+
+        middle, swing = torch.from_numpy(backdrop[:6]).view(2, 3, B, 1, 1)
+        slope_x, slope_y, noise = torch.from_numpy(backdrop[6:9]).view(3, B, 1, 1)
+        veil += slope_x * x + slope_y * y
+        image = [veil * swing[channel] + middle[channel] for channel in range(3)]  # 3 of (B, H, W)
+
+        for layer in torch.from_numpy(layers).view(LAYERS, -1, B, 1, 1):
+            contour, (phase, warp, contrast), (u_x, u_y, u_0, v_x, v_y, v_0, sharpness), waves, middle, swing = layer.split(
+                [HARMONICS, 3, 7, 3, 3, 3]
+            )
+            u_row, u_column = u_x * x + u_0, u_y * y  # (B, 1, W), (B, H, 1)
+            v_row, v_column = v_x * x + v_0, v_y * y
+            u = u_row + u_column  # (B, H, W)
+            v = v_row + v_column
+            turns = (waves[0] * u_row + waves[1] * v_row + phase) + (waves[0] * u_column + waves[1] * v_column)
+            square = v.mul_(v).add_(u * u)
+            radius = square.sqrt()
+            # Clenshaw's recurrence for sum_k contour[k] cos((k + 1) t) + 1, with u / radius = cos t.
+            cosine = u.div_(radius + 1e-6)
+            double = cosine + cosine
+            newer, older = double * contour[-1] + contour[-2], contour[-1]
             for k in range(HARMONICS - 3, -1, -1):
-                fresh = u_ * newer
-                fresh -= older
-                fresh += per_image(contour[:, k])
-                older, newer = newer, fresh
-            # Clenshaw: sum_k a_k cos kt = b_1 cos t - b_2
-            u_ *= newer
-            u_ *= 0.5
-            u_ -= older
-            u_ += 1
-            u_ -= radius
-            u_ *= per_image(softness[:, n])
-            u_ += 0.5
-            mask = np.minimum(np.maximum(u_, 0, out=u_), 1, out=u_)
+                newer, older = (double * newer).sub_(older).add_(contour[k]), newer
+            edge = cosine.mul_(newer).sub_(older).add_(1)
+            mask = edge.sub_(radius).mul_(sharpness).add_(0.5).clamp_(0, 1)
 
-            along, across, outward = (per_image(things.waves[:, n, k]) for k in range(3))
-            turns = (along * u_x + across * v_x) + (along * u_y + across * v_y + per_image(things.phase[:, n]))
-            radius *= outward
-            turns += radius
-            turns += per_image(things.warp[:, n]) * fractal[1]
-            texture = wave(turns)
-            texture *= per_image(things.contrast[:, n])
-            np.minimum(np.maximum(texture, -1, out=texture), 1, out=texture)
-            square *= -0.25
-            square += 1.1
+            turns += radius.mul_(waves[2])
+            turns += marble * warp
+            turns -= turns.round()
+            # 8 t - 16 t |t| is within 0.06 of sin(2 pi t), and exact arithmetic.
+            texture = turns.mul_(turns.abs().mul_(-16).add_(8)).mul_(contrast).clamp_(-1, 1)
+            shade = square.mul_(-0.25).add_(1.1)  # darker outwards, as round things lit from the front
             for channel in range(3):
-                colour = texture * per_image(things.swing[:, n, channel])
-                colour += per_image(things.middle[:, n, channel])
-                colour *= square
-                colour -= image[:, channel]
-                colour *= mask
-                image[:, channel] += colour
-        grain *= per_image(0.08 * u[:, 31] ** 2)[:, None]
-        image += grain
-        image *= 255
-        image += 0.5
-        np.minimum(np.maximum(image, 0, out=image), 255, out=image)
-        return image.transpose(0, 2, 3, 1).astype(np.uint8)
+                colour = (texture * swing[channel]).add_(middle[channel]).mul_(shade)
+                image[channel] += colour.sub_(image[channel]).mul_(mask)
+
+        noise = noise * 255
+        for channel in range(3):
+            image[channel].mul_(255).add_(grain[channel].mul_(noise)).add_(0.5).clamp_(0, 255)
+        return torch.stack(image, -1).to(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""The Vision Transformer of Dosovitskiy et al. (arXiv 2010.11929), Eq. 1-4, with the variations the paper and its successors use.
+"""The Vision Transformer of Dosovitskiy et al. (arXiv 2010.11929), Eq. 1-4, with the variations it ablates.
 
 Pre-norm blocks, learned 1-D position embeddings, a class token, and a head that is a hidden tanh layer at pretraining and one
 zero-initialised linear layer at fine-tuning; as options the mean over patches and fixed sin-cos positions ("Better plain ViT
@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[int, int, int, int]] = {
     "e": (1792, 56, 15360, 16),
 }
 
-# Standard deviation of a unit normal cut off at 2: flax's lecun_normal divides by it, so that the cut one has variance 1/fan_in.
+# Standard deviation of a unit normal cut off at 2; flax's lecun_normal divides by it to end at variance 1/fan_in.
 TRUNCATED_NORMAL_STD = 0.87962566103423978
 
 
@@ -46,11 +46,9 @@ def parse_variant(name: str) -> dict[str, int]:
     """
     size, slash, patch = name.partition("/")
     if size not in VARIANTS or not slash or not (patch.isascii() and patch.isdigit()) or int(patch) == 0:
-        raise ValueError(
-            f"{name!r} is not a variant; expected SIZE/PATCH, such as B/16, with SIZE one of {', '.join(VARIANTS)}"
-        )
+        raise ValueError(f"{name!r} is not a variant; expected SIZE/PATCH, such as B/16; sizes: {', '.join(VARIANTS)}")
     width, depth, mlp_dim, num_heads = VARIANTS[size]
-    return dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads, patch_size=int(patch))
+    return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": int(patch)}
 
 
 def sincos2d_positions(*, grid_size: tuple[int, int], width: int, temperature: float = 10_000.0) -> Tensor:
@@ -258,7 +256,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"the model takes images of {self.image_size} px, got {tuple(images.shape[-2:])}")
         x = self.patch_embed(images)  # (B, P, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)  # (B, N, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
         x = self.drop(x + self.pos_embed)  # Eq. 1
         for block in self.blocks:
             x = block(x)  # Eq. 2 and 3

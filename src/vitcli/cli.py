@@ -1,0 +1,178 @@
+"""The command line: each command turns its words into one call. Heavy imports wait inside the commands, so `--help` is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitcli import __version__
+from vitcli.errors import Interrupted, UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="vit",
+    help="Pretrain, fine-tune and evaluate Vision Transformers.",
+    epilog="Begin with: vit pretrain --config configs/jft-like.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at the data before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="settings on top of the file, such as optim.lr=3e-4", show_default=False)
+]
+Ckpt = Annotated[Path, typer.Option("--ckpt", help="run directory, checkpoint directory or weights file", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="run directory; default runs/ and a name made of the inputs", show_default=False)]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", help="where data sets are looked for; else $VIT_DATA, else ~/.cache/vit", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved plan and stop")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version and stop")] = False,
+) -> None:
+    """Pretrain, fine-tune and evaluate Vision Transformers."""
+
+
+def as_overrides(words: list[str] | None, **options: Path | None) -> list[str]:
+    """Put options that are short for a setting behind the overrides, so that they win."""
+    said = [f"{key.replace('__', '.')}={json.dumps(str(value))}" for key, value in options.items() if value is not None]
+    return [*(words or []), *said]
+
+
+@app.command(epilog="Example: vit pretrain --config configs/jft-like.yaml optim.lr=5e-4 --dry-run")
+def pretrain(
+    config: Annotated[Path, typer.Option("--config", help="YAML config; `vit schema` lists the settings", show_default=False)],
+    overrides: Overrides = None,
+    out: Out = None,
+    data_root: DataRoot = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model from scratch, or go on with a run that was interrupted.
+
+    The same command on an unfinished run resumes it; on a finished one it changes nothing.
+    """
+    from vitcli.train import pretrain as run
+
+    run(config, as_overrides(overrides, out=out, data__root=data_root), dry_run=dry_run, say=typer.echo)
+
+
+@app.command(epilog="Example: vit finetune --ckpt runs/jft-like --dataset cifar10 train.steps=2000")
+def finetune(
+    ckpt: Ckpt,
+    dataset: Annotated[str, typer.Option("--dataset", help="data set by name, or folder:PATH", show_default=False)],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML config; default a recipe for the data set", show_default=False)] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="same model and recipe, but random weights, to compare")] = False,
+    out: Out = None,
+    data_root: DataRoot = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a checkpoint on a data set, with a new head.
+
+    With no config: the paper's Table 4 recipe for its data sets, for others one made for the data's size and this machine.
+    """
+    from vitcli.train import finetune as run
+
+    words = as_overrides(overrides, out=out, data__root=data_root)
+    run(ckpt, dataset, config, words, from_scratch=from_scratch, dry_run=dry_run, say=typer.echo)
+
+
+@app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")
+def evaluate(
+    ckpt: Ckpt,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="default: the data set it was trained on", show_default=False)] = None,
+    data_root: DataRoot = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="images at a time; changes no result")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a checkpoint: top-1, top-5, loss and per-class accuracy, every image counted exactly once."""
+    from vitcli.train import evaluate_checkpoint
+
+    result = evaluate_checkpoint(ckpt, dataset=dataset, data_root=data_root, batch_size=batch_size)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(f"{result['checkpoint']} on {result['dataset']}: {result['examples']:,} images")
+    typer.echo(f"top-1  {percent(result['top1'])}\ntop-5  {percent(result['top5'])}\nloss   {result['loss']:.4f}")
+    width = max(len(row["class"]) for row in result["per_class"])
+    for row in result["per_class"]:
+        typer.echo(f"  {row['class']:<{width}}  {percent(row['accuracy'])}  of {row['examples']:,}")
+
+
+def percent(share: float | None) -> str:
+    return "      -" if share is None else f"{100 * share:6.2f} %"
+
+
+@data_app.command(epilog="Example: vit data preview shapes --out shapes.png")
+def preview(
+    source: Annotated[str, typer.Argument(help="data set by name, or folder:PATH", show_default=False)],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", help="take data and augmentation settings from this file", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="PNG to write; default preview-SOURCE.png", show_default=False)] = None,
+    augmented: Annotated[bool, typer.Option("--augmented", help="show images as training sees them")] = False,
+    count: Annotated[int, typer.Option("--count", min=1, help="images on the sheet")] = 48,
+    data_root: DataRoot = None,
+    debug: Debug = False,
+) -> None:
+    """Write a labelled contact sheet of a data set as PNG."""
+    from vitcli.data.preview import preview_source
+
+    words = as_overrides(overrides, data__root=data_root)
+    typer.echo(preview_source(source, config=config, overrides=words, out=out, augmented=augmented, count=count))
+
+
+@app.command(epilog="Example: vit schema --json > vit-config.schema.json")
+def schema(as_json: Annotated[bool, typer.Option("--json", help="print a JSON schema, for editors")] = False) -> None:
+    """List every setting with type, default and meaning."""
+    from vitcli.config import Config
+
+    if as_json:
+        typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+        return
+    typer.echo("\n".join(setting_lines(Config)))
+
+
+def setting_lines(section: Any, prefix: str = "") -> list[str]:
+    lines = []
+    for name, field in section.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            lines += setting_lines(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else json.dumps(field.get_default(), default=str)
+            lines.append(f"{prefix + name:<34} {default:<12} {field.description or ''}")
+    return lines
+
+
+def main() -> None:
+    """Run the command line; errors for users are one line on stderr and exit code 2, signals 128 + their number."""
+    try:
+        app()
+    except (UserError, Interrupted) as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"vit: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `vit schema | head`
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

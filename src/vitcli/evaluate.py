@@ -1,0 +1,184 @@
+"""Exact evaluation: every image counts once, whatever the batch size.
+
+Hits are counted as integers and losses summed in float64, on the model's device, so that nothing depends on how examples
+were batched but the model's own rounding. Sigmoid loss as big_vision's `sigmoid_xent`: sum over classes, mean over images.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitcli.errors import DataError
+
+__all__ = ["EvalResult", "evaluate", "map_classes"]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found; accuracies are in [0, 1], class lists in the order of the model's outputs."""
+
+    top1: float
+    top5: float  # top-K where the model has K < 5 classes
+    loss: float  # nats per image
+    correct: int
+    correct_top5: int
+    examples: int
+    per_class: list[float | None]  # (K,) accuracy; None for a class without examples
+    per_class_correct: list[int]  # (K,)
+    per_class_examples: list[int]  # (K,)
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Speed of the whole evaluation, reading the images included."""
+        return self.examples / max(self.seconds, 1e-9)
+
+    def as_dict(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return JSON values: numbers, and one entry per class, with its name where `classes` gives it.
+
+        A loss that is not finite becomes None, which JSON can write.
+        """
+        names = [None] * len(self.per_class) if classes is None else list(classes)
+        if len(names) != len(self.per_class):
+            raise ValueError(f"expected {len(self.per_class)} class names, got {len(names)}")
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "correct": self.correct,
+            "correct_top5": self.correct_top5,
+            "examples": self.examples,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "per_class": [
+                {**({} if name is None else {"class": name}), "accuracy": accuracy, "correct": correct, "examples": examples}
+                for name, accuracy, correct, examples in zip(
+                    names, self.per_class, self.per_class_correct, self.per_class_examples
+                )
+            ],
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    num_classes: int,
+    preprocess: Callable[[Tensor], Tensor],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    loss: Literal["softmax", "sigmoid"] = "softmax",
+    class_map: Tensor | None = None,
+    should_stop: Callable[[], object] | None = None,
+) -> EvalResult:
+    """Run `model` over `batches` and count; the model's training modes are as before afterwards.
+
+    Args:
+        model: images (b, 3, H, W) to logits (b, K); on `device`.
+        batches: of `images` uint8 (b, 3, H, W) and `labels` int64 (b,), every example exactly once.
+        num_classes: K, the model's outputs.
+        preprocess: uint8 images on `device` to what the model takes.
+        dtype: of the forward pass; bfloat16 runs under autocast.
+        class_map: (data set's classes,) to the model's, from `map_classes`.
+        should_stop: called before each batch; raises to end the evaluation (`Interrupted`).
+
+    Raises:
+        DataError: there are no examples, or a label is not one of the model's classes.
+    """
+    top = min(5, num_classes)
+    ranks = torch.arange(num_classes, device=device)
+    hits = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,) right at the first guess
+    hits_top5 = torch.zeros((), dtype=torch.int64, device=device)
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    modes = [(module, module.training) for module in model.modules()]
+    started = time.perf_counter()
+    model.eval()
+    try:
+        # not inference_mode: a tensor the model caches there could not take part in training later
+        with torch.no_grad():
+            for batch in batches:
+                if should_stop is not None:
+                    should_stop()
+                labels = target_labels(batch["labels"], num_classes=num_classes, class_map=class_map).to(device)  # (b,)
+                images = preprocess(batch["images"].to(device, non_blocking=True))
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    logits = model(images)
+                logits = logits.double()  # (b, K)
+                own = logits.gather(1, labels[:, None])  # (b, 1)
+                # The rank of the label among all classes; a tie goes to the lower class number, as argmax does, so a head
+                # of zeros scores what chance scores. Logits that are not numbers are never right.
+                ahead = (logits > own) | ((logits == own) & (ranks < labels[:, None]))
+                rank = ahead.sum(1) + num_classes * logits.isnan().any(1)  # (b,)
+                hits += torch.bincount(labels[rank == 0], minlength=num_classes)
+                hits_top5 += (rank < top).sum()
+                counts += torch.bincount(labels, minlength=num_classes)
+                if loss == "softmax":
+                    loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+                else:
+                    targets = F.one_hot(labels, num_classes).double()
+                    loss_sum += F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    finally:
+        for module, training in modes:
+            module.training = training
+    per_class_correct, per_class_examples = hits.tolist(), counts.tolist()
+    examples, correct, correct_top5 = sum(per_class_examples), sum(per_class_correct), int(hits_top5)
+    if examples == 0:
+        raise DataError("evaluation: the split has no examples; expected at least one")
+    return EvalResult(
+        top1=correct / examples,
+        top5=correct_top5 / examples,
+        loss=float(loss_sum) / examples,
+        correct=correct,
+        correct_top5=correct_top5,
+        examples=examples,
+        per_class=[right / count if count else None for right, count in zip(per_class_correct, per_class_examples)],
+        per_class_correct=per_class_correct,
+        per_class_examples=per_class_examples,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def target_labels(labels: Tensor, *, num_classes: int, class_map: Tensor | None) -> Tensor:
+    """Turn the data set's labels (b,) into the model's, and refuse any that has no output."""
+    limit = num_classes if class_map is None else len(class_map)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < limit:
+        raise DataError(f"evaluation: found labels {int(labels.min())} to {int(labels.max())}, expected 0 to {limit - 1}")
+    return labels if class_map is None else class_map.to(labels.device)[labels]
+
+
+def map_classes(checkpoint_classes: Sequence[str], dataset_classes: Sequence[str], where: str) -> Tensor | None:
+    """Return (data set's classes,) int64, the model's number for each of the data set's; None where the lists are equal.
+
+    The data set may order its classes differently and may lack some of the model's.
+
+    Raises:
+        DataError: the model lacks a class of the data set's, or a name stands twice; `where` says which data set.
+    """
+    known, wanted = list(checkpoint_classes), list(dataset_classes)
+    if known == wanted:
+        return None
+    lacking = [name for name in wanted if name not in set(known)]
+    if lacking:
+        named = ", ".join(map(repr, lacking[:5])) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        if len(lacking) < len(wanted):
+            found = f"the checkpoint has no class {named}"
+        elif len(known) == len(wanted):
+            found = f"the checkpoint also has {len(known)} classes, but other ones: no {named}"
+        else:
+            found = f"the checkpoint has {len(known)} other classes, none of this data set's {len(wanted)}: no {named}"
+        raise DataError(f"{where}: {found}; evaluate on the data the checkpoint was trained on, or fine-tune it on this first")
+    for whose, names in (("the checkpoint's", known), (f"{where}'s", wanted)):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(
+                f"{where}: {twice!r} stands twice among {whose} classes, so the two lists cannot be matched by name"
+            )
+    place = {name: number for number, name in enumerate(known)}
+    return torch.tensor([place[name] for name in wanted], dtype=torch.int64)

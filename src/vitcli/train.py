@@ -1,0 +1,241 @@
+"""`pretrain`, `finetune` and `eval`: from files and words to a resolved config, sources and starting weights, for one `fit`."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitcli.checkpoint import Pretrained, latest_checkpoint, load_weights_file
+from vitcli.config import Config, Section
+from vitcli.config_file import dump_config, read_config, stored_config
+from vitcli.data.loader import choose_workers
+from vitcli.data.sources import open_source
+from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
+from vitcli.errors import ConfigError, RunExistsError
+from vitcli.evaluate import map_classes
+from vitcli.fit import Job, evaluate_source, fit
+from vitcli.interrupts import StopSignals
+from vitcli.models import build_model
+from vitcli.models.flops import forward_flops
+from vitcli.plan import build_plan, describe, resolve
+from vitcli.recipes import finetune_recipe
+from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
+from vitcli.weights import load_weights
+
+__all__ = ["evaluate_checkpoint", "finetune", "pretrain"]
+
+Say = Callable[[str], None]
+CONFIG, MANIFEST, SUMMARY = "config.yaml", "manifest.json", "summary.json"
+
+
+# ---------------------------------------------------------------- two set-ups
+
+
+def pretrain(config_path: Path, overrides: Sequence[str], *, dry_run: bool, say: Say) -> None:
+    """Train what a config file says, from scratch or from its `ckpt`, into runs/ and the file's name."""
+    config, _ = read_config(config_path, overrides)
+    if config.out is None:
+        config = config.model_copy(update={"out": Path("runs") / config_path.stem})
+    start = load_weights_file(config.ckpt, say=say) if config.ckpt and not config.from_scratch else None
+    run(config, start=start, recipe=None, dry_run=dry_run, say=say)
+
+
+def finetune(
+    ckpt: Path, dataset: str, config_path: Path | None, overrides: Sequence[str], *, from_scratch: bool, dry_run: bool, say: Say
+) -> None:
+    """Fine-tune a checkpoint on a data set, into runs/ and a name made of both, with a recipe where no config is given."""
+    pretrained = load_weights_file(ckpt, say=say)
+    out = Path("runs") / f"{run_name(pretrained.source_path)}-{dataset.removeprefix('folder:').strip('/').replace('/', '-')}"
+    out = out.with_name(f"{out.name}-scratch") if from_scratch else out
+    facts: dict[str, Any] = {"ckpt": str(ckpt), "from_scratch": from_scratch, "out": str(out), **checkpoint_facts(pretrained, dataset)}
+    recipe = None
+    if config_path is None:
+        # a first reading, for the data and the run directory it names; the length stands in for the recipe's
+        draft, _ = read_config(None, overrides, base={**facts, "train": {"steps": 1}}, base_name="checkpoint")
+        assert draft.out is not None
+        recipe = (read_json(draft.out / MANIFEST) or {}).get("recipe")  # a resumed run keeps its recipe, also on another machine
+        if recipe is None:
+            train_source = open_source(dataset, split="train", data=draft.data)
+            made = finetune_recipe(
+                dataset,
+                model=pretrained.model,
+                preprocessing=pretrained.preprocessing,
+                num_examples=len(train_source),
+                forward_flops=flops_of(pretrained),
+                flops_per_second=flops_per_second(choose_device(draft.train.device)),
+            )
+            recipe = made.settings
+            for note in made.notes:
+                say(note)
+        base, name = {**facts, **recipe, "data": {**facts["data"], **recipe["data"]}}, "recipe"
+    else:
+        base, name = facts, "checkpoint"
+    config, layers = read_config(config_path, overrides, base=base, base_name=name)
+    if config.data.source != dataset:
+        raise ConfigError(f"{layers.where('data.source')}: data.source is {config.data.source}, but --dataset is {dataset}; drop one")
+    for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
+        if getattr(config.model, key) != pretrained.model[key]:
+            raise ConfigError(
+                f"{layers.where(f'model.{key}')}: model.{key} is {getattr(config.model, key)}, but the checkpoint {ckpt} has "
+                f"{pretrained.model[key]}; leave the model's sizes to the checkpoint"
+            )
+    run(config, start=None if from_scratch else pretrained, recipe=recipe, dry_run=dry_run, say=say)
+
+
+def checkpoint_facts(pretrained: Pretrained, dataset: str) -> dict[str, Any]:
+    """Return what a checkpoint says about a run that starts from it: architecture without the head, and preprocessing."""
+    model = {**pretrained.model, "variant": None, "representation_size": None, "head_bias": 0.0}
+    return {"model": model, "data": {"source": dataset, **pretrained.preprocessing}}
+
+
+def flops_of(pretrained: Pretrained) -> int:
+    keys = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "pool")
+    sizes = {key: pretrained.model[key] for key in keys}
+    return forward_flops(
+        image_size=tuple(pretrained.preprocessing["image_size"]), num_classes=len(pretrained.classes), representation_size=None, **sizes
+    )
+
+
+def run_name(weights: Path) -> str:
+    """Name a run after the weights it starts from: the run directory's name, else the file's."""
+    parents = weights.resolve().parents
+    return parents[2].name if parents[1].name == "checkpoints" else weights.stem
+
+
+# ---------------------------------------------------------------- from a config to a job, and its run directory
+
+
+def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | None, dry_run: bool, say: Say) -> None:
+    """Carry a config out: refuse, report or resume an existing run directory, else start a new one."""
+    assert config.out is not None
+    out = config.out
+    keep_freed_memory()
+    refuse_other(out, config)
+    summary = read_json(out / SUMMARY)
+    if dry_run:
+        job = prepare(config, start=start)
+        checkpoint = latest_checkpoint(out, say=say)
+        origin = "scratch" if start is None else f"{start.source_path} (step {start.step:,}), with a new head"
+        if checkpoint is not None:
+            origin = f"{checkpoint}, {'finished' if summary else 'to resume'}"
+        say("\n".join([*describe(job.plan), f"start       {origin}"]))
+        return
+    if summary is not None:
+        say(f"{out} is finished: {headline(summary)}; nothing to do (another --out starts a new run)")
+        return
+    stop = StopSignals()
+    with stop.installed(), lock_run(out):
+        job = prepare(config, start=start)
+        if not (out / MANIFEST).exists():
+            for line in describe(job.plan):
+                say(line)
+            sources = {"train": job.train_source.fingerprint, "val": job.val_source.fingerprint}
+            manifest = build_manifest(hardware=hardware(job.plan.device), data={"source": config.data.source, **sources})
+            write_text(out / CONFIG, dump_config(job.config))
+            write_json(out / MANIFEST, {**manifest, "requested": config.model_dump(mode="json"), "recipe": recipe})
+        result, seconds = fit(job, stop=stop, say=say)
+        summary = {"step": job.config.train.steps, "train_seconds": round(seconds, 1), **result.as_dict(job.train_source.classes)}
+        write_json(out / SUMMARY, summary)
+    say(f"finished: {headline(summary)}")
+    say(f"run directory {out}; curves: tensorboard --logdir {out}")
+    say(f"next: vit eval --ckpt {out}" + (f", or vit finetune --ckpt {out} --dataset DATASET" if config.ckpt is None else ""))
+
+
+def headline(summary: dict[str, Any]) -> str:
+    minutes, seconds = divmod(int(summary["train_seconds"]), 60)
+    return f"top-1 {100 * summary['top1']:.2f} %, {summary['step']:,} steps, {minutes} min {seconds} s of training"
+
+
+def refuse_other(out: Path, config: Config) -> None:
+    """Raise RunExistsError if the directory holds a run with another config, or something that is no run."""
+    manifest = read_json(out / MANIFEST)
+    if manifest is None:
+        strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
+        if set(strangers) - {CONFIG, "checkpoints", "tensorboard", "metrics.jsonl"}:
+            raise RunExistsError(f"{out}: holds files but no run ({strangers[0]}, ...); choose another --out")
+        return
+    before, now = manifest["requested"], config.model_dump(mode="json")
+    free = {"out", *keys_free_to_change(Config)}
+    differing = [key for key in differing_keys(before, now) if key not in free]
+    if differing:
+        said = ", ".join(f"{key} ({value_at(before, key)!r} there, {value_at(now, key)!r} now)" for key in differing[:6])
+        more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
+        raise RunExistsError(f"{out}: this run has another config: {said}{more}; choose another --out, or take the settings back")
+
+
+def keys_free_to_change(section: type[Section], prefix: str = "") -> list[str]:
+    """Return the dotted keys of settings that cannot change a result."""
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += keys_free_to_change(field.annotation, f"{prefix}{name}.")
+        elif isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("may_change_on_resume"):
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def value_at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def prepare(config: Config, *, start: Pretrained | None) -> Job:
+    """Open the data and settle every choice; a run that has begun keeps the choices it made."""
+    assert config.out is not None
+    device = choose_device(config.train.device)
+    train_source = open_source(config.data.source, split="train", data=config.data)
+    val_source = open_source(config.data.source, split="val", data=config.data)
+    num_classes = len(train_source.classes)
+    manifest = read_json(config.out / MANIFEST)
+    if manifest is not None:
+        before = stored_config(config.out / CONFIG)
+        log = before.log.model_copy(update={key: value for key, value in config.log if value is not None})
+        config = config.model_copy(update={"model": before.model, "optim": before.optim, "train": before.train, "log": log})
+        found = {"train": train_source.fingerprint, "val": val_source.fingerprint}
+        changed = [split for split in found if found[split] != manifest["data"][split]]
+        if changed:
+            raise RunExistsError(
+                f"{config.out}: the {' and '.join(changed)} images of {config.data.source} are not those the run began with; "
+                "bring them back, or choose another --out"
+            )
+    else:
+        config = resolve(config, train_examples=len(train_source), num_classes=num_classes, device=device)
+    workers = config.data.workers if config.data.workers is not None else choose_workers(train_source, device.type)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
+    plan = build_plan(config, num_classes=num_classes, train_examples=len(train_source), val_examples=len(val_source), device=device)
+    return Job(config, plan, train_source, val_source, start)
+
+
+# ---------------------------------------------------------------- evaluation by hand
+
+
+def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | None, batch_size: int) -> dict[str, Any]:
+    """Evaluate a run, checkpoint or weights file on a data set's evaluation split; return plain numbers.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the data set is missing, or has classes the checkpoint does not know.
+    """
+    keep_freed_memory()
+    pretrained = load_weights_file(ckpt)
+    overrides = [] if data_root is None else [f"data.root={json.dumps(str(data_root))}"]
+    data_settings = {**pretrained.manifest["data"], **pretrained.preprocessing, "source": dataset or str(pretrained.manifest["source"])}
+    base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, "loss": pretrained.manifest["loss"]}}
+    config, _ = read_config(None, overrides, base=base, base_name=str(ckpt))
+    device = choose_device("auto")
+    source = open_source(config.data.source, split="val", data=config.data)
+    class_map = map_classes(pretrained.classes, source.classes, f"{config.data.source} for {ckpt}")
+    num_classes = len(pretrained.classes)
+    model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)
+    load_weights(model, pretrained.state, reset_head=False)
+    workers = config.data.workers if config.data.workers is not None else choose_workers(source, device.type)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
+    with StopSignals().installed():
+        result = evaluate_source(
+            model.to(device), source, config, device=device, batch_size=batch_size, num_classes=num_classes, class_map=class_map
+        )
+    head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
+    return {**head, **result.as_dict(pretrained.classes)}

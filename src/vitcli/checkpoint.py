@@ -112,8 +112,7 @@ def save_checkpoint(
         write_weights(temporary / MODEL, model_state, about={**about, "is_ema": False})
         if ema_state is not None:
             write_weights(temporary / EMA, ema_state, about={**about, "is_ema": True})
-        with open(temporary / OPTIMIZER, "wb") as file:
-            torch.save(dict(optimizer_state), file)
+        write_optimizer(temporary / OPTIMIZER, optimizer_state)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())}
         body = {**about, "files": files}
         text = json.dumps({**body, "sha256": sha256_of_json(body)}, indent=2) + "\n"
@@ -181,6 +180,18 @@ def write_weights(path: Path, state: Mapping[str, Tensor], *, about: Mapping[str
         assert len(settled) == length
         file.seek(8)
         file.write(settled)
+
+
+def write_optimizer(path: Path, state: Mapping[str, Any]) -> None:
+    """Write an optimizer's state as torch does."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:
+        # torch's zip writer closes itself after a failed write, fails at that too, and hides the reason
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def flush_to_disk(path: Path) -> None:

@@ -127,15 +127,16 @@ def preview(
     config: Annotated[Path | None, typer.Option("--config", help="take data and augmentation settings from this file", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="PNG to write; default preview-SOURCE.png", show_default=False)] = None,
     augmented: Annotated[bool, typer.Option("--augmented", help="show images as training sees them")] = False,
-    count: Annotated[int, typer.Option("--count", min=1, help="images on the sheet")] = 48,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="classes shown, a row each")] = 8,
+    columns: Annotated[int, typer.Option("--columns", min=1, help="images of each class")] = 8,
     data_root: DataRoot = None,
     debug: Debug = False,
 ) -> None:
     """Write a labelled contact sheet of a data set as PNG."""
-    from vitcli.data.preview import preview_source
+    from vitcli.train import preview_data
 
     words = as_overrides(overrides, data__root=data_root)
-    typer.echo(preview_source(source, config=config, overrides=words, out=out, augmented=augmented, count=count))
+    typer.echo(preview_data(source, config, words, out=out, augmented=augmented, rows=rows, columns=columns))
 
 
 @app.command(epilog="Example: vit schema --json > vit-config.schema.json")

@@ -238,7 +238,7 @@ def evaluate_source(
 ) -> EvalResult:
     """Evaluate on every image of a source once, with the config's preprocessing, loss and precision."""
     data = config.data
-    transform = EvalTransform(image_size=data.image_size, eval_crop_fraction=data.eval_crop_fraction)
+    transform = EvalTransform(image_size=data.image_size, crop_fraction=data.eval_crop_fraction)
     batches: Iterator[dict[str, Tensor]] = eval_batches(source, transform, batch_size=batch_size, workers=data.workers or 0)
     return evaluate(
         model,

@@ -6,10 +6,11 @@ run directory and is all that a resumed run needs. `describe` is what `--dry-run
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from vitcli.config import Config, resolve_model
+from vitcli.config import Config, ModelConfig, resolve_model
 from vitcli.device import choose_precision, hardware, memory_bytes
 from vitcli.errors import ConfigError
 from vitcli.models import build_model
@@ -45,7 +46,7 @@ def lr_of_step(config: Config, step: int) -> float:
     )
 
 
-def resolve(config: Config, *, train_examples: int, num_classes: int, device: torch.device) -> Config:
+def resolve(config: Config, *, train_examples: int, device: torch.device) -> Config:
     """Return the config with every `null` that planning decides replaced by its value."""
     model = resolve_model(config.model)
     train, optim, log = config.train, config.optim, config.log
@@ -59,7 +60,7 @@ def resolve(config: Config, *, train_examples: int, num_classes: int, device: to
     warmup_steps = optim.warmup_steps if optim.warmup_steps is not None else min(10_000, steps // 20)
     if warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps is {warmup_steps}, but the run has {steps} steps; make it shorter")
-    micro = train.micro_batch_size or _micro_batch_size(config, device, num_classes)
+    micro = train.micro_batch_size or _micro_batch_size(config, device)
     assert model.width is not None
     return config.model_copy(
         update={
@@ -82,37 +83,36 @@ def resolve(config: Config, *, train_examples: int, num_classes: int, device: to
     )
 
 
-def _micro_batch_size(config: Config, device: torch.device, num_classes: int) -> int:
+def _micro_batch_size(config: Config, device: torch.device) -> int:
     """Halve the batch until it is under the device's useful size and its activations fit in half of the free memory."""
     micro, available = config.train.batch_size, memory_bytes(device)
-    per_image = _activation_bytes(config, num_classes)
+    per_image = activation_bytes(image_size=config.data.image_size, **_sizes(resolve_model(config.model)))
     while micro > 1 and (micro > MICRO_BATCH_CAP[device.type] or (available is not None and micro * per_image > available / 2)):
         micro = math.ceil(micro / 2)
     return micro
 
 
-def _flop_sizes(config: Config, num_classes: int) -> dict[str, object]:
-    model = resolve_model(config.model)
-    keys = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "representation_size", "pool")
-    return {"image_size": config.data.image_size, "num_classes": num_classes, **{key: getattr(model, key) for key in keys}}
-
-
-def _activation_bytes(config: Config, num_classes: int) -> int:
-    return activation_bytes(**_flop_sizes(config, num_classes))  # type: ignore[arg-type]
+def _sizes(model: ModelConfig) -> dict[str, Any]:
+    """Return what the FLOP and memory formulas take from a resolved model section."""
+    return {key: getattr(model, key) for key in ("patch_size", "width", "depth", "mlp_dim", "pool")}
 
 
 def build_plan(config: Config, *, num_classes: int, train_examples: int, val_examples: int, device: torch.device) -> Plan:
     """Work out what a resolved config costs; builds the model without memory to count its parameters."""
     with torch.device("meta"):
-        model = build_model(resolve_model(config.model), image_size=config.data.image_size, num_classes=num_classes)
+        model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for n, p in model.named_parameters() if not config.train.freeze_backbone or n.startswith("head."))
     moments = 1 if config.optim.name == "sgd" else 2
     copies = 1 + (config.train.ema_decay is not None)
     assert config.train.micro_batch_size is not None
     memory = 4 * parameters * copies + 4 * trained * (1 + moments)
-    memory += config.train.micro_batch_size * _activation_bytes(config, num_classes)
-    flops = forward_flops(**_flop_sizes(config, num_classes))  # type: ignore[arg-type]
+    memory += config.train.micro_batch_size * activation_bytes(image_size=config.data.image_size, **_sizes(config.model))
+    hidden = config.model.representation_size
+    assert hidden != "width"  # resolved
+    flops = forward_flops(
+        image_size=config.data.image_size, num_classes=num_classes, representation_size=hidden, **_sizes(config.model)
+    )
     return Plan(config, num_classes, train_examples, val_examples, parameters, flops, memory, device)
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vitcli.checkpoint import Pretrained, latest_checkpoint, load_weights_file
 from vitcli.config import Config, Section
 from vitcli.config_file import dump_config, read_config, stored_config
 from vitcli.data.loader import choose_workers
+from vitcli.data.preview import preview
 from vitcli.data.sources import open_source
+from vitcli.data.transforms import TrainTransform
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
 from vitcli.errors import ConfigError, RunExistsError
 from vitcli.evaluate import map_classes
@@ -24,7 +24,7 @@ from vitcli.recipes import finetune_recipe
 from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
 from vitcli.weights import load_weights
 
-__all__ = ["evaluate_checkpoint", "finetune", "pretrain"]
+__all__ = ["evaluate_checkpoint", "finetune", "pretrain", "preview_data"]
 
 Say = Callable[[str], None]
 CONFIG, MANIFEST, SUMMARY = "config.yaml", "manifest.json", "summary.json"
@@ -91,7 +91,7 @@ def checkpoint_facts(pretrained: Pretrained, dataset: str) -> dict[str, Any]:
 
 
 def flops_of(pretrained: Pretrained) -> int:
-    keys = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "pool")
+    keys = ("patch_size", "width", "depth", "mlp_dim", "pool")
     sizes = {key: pretrained.model[key] for key in keys}
     return forward_flops(
         image_size=tuple(pretrained.preprocessing["image_size"]), num_classes=len(pretrained.classes), representation_size=None, **sizes
@@ -202,14 +202,14 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
                 "bring them back, or choose another --out"
             )
     else:
-        config = resolve(config, train_examples=len(train_source), num_classes=num_classes, device=device)
+        config = resolve(config, train_examples=len(train_source), device=device)
     workers = config.data.workers if config.data.workers is not None else choose_workers(train_source, device.type)
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     plan = build_plan(config, num_classes=num_classes, train_examples=len(train_source), val_examples=len(val_source), device=device)
     return Job(config, plan, train_source, val_source, start)
 
 
-# ---------------------------------------------------------------- evaluation by hand
+# ---------------------------------------------------------------- without training
 
 
 def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | None, batch_size: int) -> dict[str, Any]:
@@ -239,3 +239,17 @@ def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | No
         )
     head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
     return {**head, **result.as_dict(pretrained.classes)}
+
+
+def preview_data(
+    source: str, config_path: Path | None, overrides: Sequence[str], *, out: Path | None, augmented: bool, rows: int, columns: int
+) -> str:
+    """Write a contact sheet of a source's training split and say where; settings come from the config where one is given."""
+    base = {"data": {"image_size": 64}, "model": {"variant": "mu/1"}, "train": {"steps": 1}}
+    config, _ = read_config(config_path, [*overrides, f"data.source={json.dumps(source)}"], base=base, base_name="preview")
+    opened = open_source(source, split="train", data=config.data)
+    path = out or Path(f"preview-{source.removeprefix('folder:').strip('/').replace('/', '-')}.png")
+    transform = TrainTransform(config.augment, image_size=config.data.image_size) if augmented else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    preview(opened, rows=rows, columns=columns, transform=transform, seed=config.seed).save(path, format="PNG")
+    return f"{path}: {source}, {len(opened):,} training images in {len(opened.classes):,} classes"

@@ -34,7 +34,7 @@ class LoadReport:
     grids: tuple[tuple[int, int], tuple[int, int]]  # old and new (rows, columns) of position embeddings
 
     def summary(self) -> str:
-        """Return one line, such as "152 tensors: 149 taken, 1 resized: pos_embed 14x14 -> 24x24, 2 new: head; 2 dropped: head"."""
+        """Return one line: "152 tensors: 149 taken, 1 resized: pos_embed 14x14 -> 24x24, 2 new: head; 2 dropped: head"."""
         parts = [f"{len(self.taken)} taken"]
         if self.resized:
             old, new = (f"{rows}x{columns}" for rows, columns in self.grids)
@@ -67,9 +67,7 @@ def resize_pos_embed(
     """
     expected = num_prefix_tokens + old_grid[0] * old_grid[1]
     if pos_embed.ndim != 3 or pos_embed.shape[:2] != (1, expected):
-        raise ValueError(
-            f"position embeddings for a {old_grid} grid have shape (1, {expected}, D), got {tuple(pos_embed.shape)}"
-        )
+        raise ValueError(f"position embeddings of a {old_grid} grid have shape (1, {expected}, D), got {shape_of(pos_embed)}")
     if old_grid == new_grid:
         return pos_embed
     prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
@@ -113,9 +111,11 @@ def load_weights(
         for name in dropped:
             del source[name]
 
+    missing = [name for name in own if name not in source and name not in allowed_new]
+    extra = [name for name in source if name not in own]
     resized: list[str] = []
     grid = model.grid_size if old_grid is None else old_grid
-    if "pos_embed" in own and "pos_embed" in source:
+    if "pos_embed" in own and not missing and not extra:
         if old_grid is None:
             grid = square_grid(source["pos_embed"], num_prefix_tokens=model.num_prefix_tokens, own_grid=model.grid_size)
         if grid != model.grid_size:
@@ -132,9 +132,6 @@ def load_weights(
                     f"cannot resize pos_embed: {error}; give the grid these weights were trained with"
                 ) from error
             resized = ["pos_embed"]
-
-    missing = [name for name in own if name not in source and name not in allowed_new]
-    extra = [name for name in source if name not in own]
     reshaped = [
         f"{name} {shape_of(source[name])} where the model has {shape_of(own[name])}"
         for name in own
@@ -195,7 +192,7 @@ def square_grid(pos_embed: Tensor, *, num_prefix_tokens: int, own_grid: tuple[in
     side = math.isqrt(max(0, patches))
     if side == 0 or side * side != patches:
         raise CheckpointError(
-            f"cannot resize pos_embed {shape_of(pos_embed)}: without its {num_prefix_tokens} leading tokens it is no square grid; "
+            f"cannot resize pos_embed {shape_of(pos_embed)}: {patches} patches are no square; "
             "give the grid these weights were trained with"
         )
     return side, side

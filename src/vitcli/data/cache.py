@@ -4,6 +4,7 @@ One raw file of bytes, image after image, and a table of sizes, in a folder name
 The folder is written under a temporary name and renamed: two processes may race, a killed one leaves no half cache.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -146,8 +147,9 @@ def open_cache(folder: Path, *, count: int) -> Pixels | None:
 
 def remove_stale(folder: Path) -> None:
     for leftover in folder.glob(".tmp-*"):
-        if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may be removing it too
+            if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def decode_into(sink: BinaryIO, files: ImageFiles, *, name: str) -> NDArray[np.int64]:

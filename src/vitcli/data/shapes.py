@@ -31,8 +31,9 @@ PART_DRAWS = HARMONICS + 15  # uniform numbers that make one thing
 SCENE_DRAWS = 34  # uniform numbers that make a scene's pose, light, background and noise
 JITTER_DRAWS = HARMONICS + 13  # normal numbers that vary one thing
 NOISE_BANK = 1 << 18  # samples of pixel noise; an image reads them from a derived offset
-SCENES_AT_ONCE = 256
-CHUNK_PIXELS = 1 << 15  # painted at once: float32 planes of 128 KiB stay in a core's cache
+SCENES_AT_ONCE = 256  # images whose numbers are derived together
+CHUNK_PIXELS = 32_000  # painted together: planes stay in a core's cache, and below PyTorch's 32,768 no thread is started
+ROUNDER = 12_582_912.0  # 1.5 * 2^23: adding and subtracting it rounds a float32 to the nearest whole number
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,13 @@ def pack(things: Things, light: Floats, pixels: float) -> Floats:
     x, y = things.centre[..., 0], things.centre[..., 1]
     c, s = np.cos(things.angle), np.sin(things.angle)
     a, b = things.axes[..., 0], things.axes[..., 1]
-    frame = [c / a, s / a, -(c * x + s * y) / a, -s / b, c / b, (s * x - c * y) / b, np.sqrt(np.abs(a * b)) * pixels]
-    one = [things.phase, things.warp, things.contrast, *frame]
-    many = [things.waves, things.middle + light, things.swing]
-    columns = [things.contour, np.stack(one, -1), *many]
-    return np.concatenate(columns, -1)
+    rows = np.stack([c / a, -s / b, s / a, c / b, -(c * x + s * y) / a, (s * x - c * y) / b], -1)
+    u_x, v_x, u_y, v_y, u_0, v_0 = np.moveaxis(rows, -1, 0)
+    along, across, outward = np.moveaxis(things.waves, -1, 0)
+    frame = [u_x, v_x, along * u_x + across * v_x, u_y, v_y, along * u_y + across * v_y]
+    frame += [u_0, v_0, along * u_0 + across * v_0 + things.phase]
+    look = [np.sqrt(np.abs(a * b)) * pixels, outward, things.warp, things.contrast]
+    return np.concatenate([np.stack(frame + look, -1), things.contour, things.middle + light, things.swing], -1)
 
 
 def fractal_noise(side: int, seed: int) -> Floats:
@@ -174,9 +177,11 @@ class ShapesSource:
         # A crop as large as the image is a part of the plane's period, at most a quarter of it, so that crops differ.
         self.period = 1 << max(8, (4 * max(image_size) - 1).bit_length())
         plane = fractal_noise(self.period, derive_seed(*identity, "fractal")) * 2
-        self.fractal = torch.from_numpy(np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap"))
+        wrapped = np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap")
+        self.fractal = np.lib.stride_tricks.sliding_window_view(wrapped, image_size)  # [row, column] is a crop
         grain = normal(derive_seed(*identity, "grain"), np.arange(NOISE_BANK // 64), 64).astype(np.float32).ravel()
-        self.grain = torch.from_numpy(np.pad(grain, (0, 3 * self.height * self.width), mode="wrap"))
+        wrapped = np.pad(grain, (0, 3 * self.height * self.width), mode="wrap")
+        self.grain = np.lib.stride_tricks.sliding_window_view(wrapped, 3 * self.height * self.width)
 
     def __len__(self) -> int:
         return self.examples
@@ -209,9 +214,10 @@ class ShapesSource:
         for first in range(0, len(i), SCENES_AT_ONCE):
             scenes = slice(first, first + SCENES_AT_ONCE)
             backdrop, layers = self.scenes(i[scenes], labels[scenes])
-            for start in range(0, backdrop.shape[1], count):
+            painted = images[scenes]
+            for start in range(0, len(painted), count):
                 part = slice(start, start + count)
-                images[first + start : first + start + count] = self.paint(backdrop[:, part], layers[:, :, part])
+                painted[part] = self.paint(backdrop[:, part], layers[:, :, part])
         return images, labels
 
     def scenes(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[Floats, Floats]:
@@ -247,31 +253,23 @@ class ShapesSource:
     def paint(self, backdrop: Floats, layers: Floats) -> NDArray[np.uint8]:
         """Paint images, uint8 (B, H, W, 3), from what `scenes` returned."""
         B, H, W = backdrop.shape[1], self.height, self.width
-        x, y = self.x, self.y  # (1, 1, W), (1, H, 1)
-        veil, marble, grain = torch.empty(B, H, W), torch.empty(B, H, W), torch.empty(3, B, H, W)
-        corners = (backdrop[9:13] * self.period).astype(int).T.tolist()
-        for b, (row, column, marble_row, marble_column) in enumerate(corners):
-            veil[b] = self.fractal[row : row + H, column : column + W]
-            marble[b] = self.fractal[marble_row : marble_row + H, marble_column : marble_column + W]
-        for b, start in enumerate((backdrop[13] * NOISE_BANK).astype(int).tolist()):
-            grain[:, b] = self.grain[start : start + 3 * H * W].view(3, H, W)
+        rows = (backdrop[9:13] * self.period).astype(np.int64)
+        veil, marble = (torch.from_numpy(self.fractal[rows[k], rows[k + 1]]) for k in (0, 2))  # (B, H, W)
+        grain = torch.from_numpy(self.grain[(backdrop[13] * NOISE_BANK).astype(np.int64)]).view(B, 3, H, W)
 
-        middle, swing = torch.from_numpy(backdrop[:6]).view(2, 3, B, 1, 1)
-        slope_x, slope_y, noise = torch.from_numpy(backdrop[6:9]).view(3, B, 1, 1)
-        veil += slope_x * x + slope_y * y
-        image = [veil * swing[channel] + middle[channel] for channel in range(3)]  # 3 of (B, H, W)
+        channels = torch.from_numpy(backdrop[:9]).view(9, B, 1, 1).unbind()
+        veil += (channels[6] * self.x + channels[7] * self.y)
+        image = [veil * channels[3 + k] + channels[k] for k in range(3)]  # 3 of (B, H, W)
 
-        for layer in torch.from_numpy(layers).view(LAYERS, -1, B, 1, 1):
-            contour, (phase, warp, contrast), (u_x, u_y, u_0, v_x, v_y, v_0, sharpness), waves, middle, swing = layer.split(
-                [HARMONICS, 3, 7, 3, 3, 3]
-            )
-            u_row, u_column = u_x * x + u_0, u_y * y  # (B, 1, W), (B, H, 1)
-            v_row, v_column = v_x * x + v_0, v_y * y
-            u = u_row + u_column  # (B, H, W)
-            v = v_row + v_column
-            turns = (waves[0] * u_row + waves[1] * v_row + phase) + (waves[0] * u_column + waves[1] * v_column)
+        things = torch.from_numpy(layers).view(LAYERS, -1, B, 1, 1)
+        u_row, v_row, turns_row = (things[:, k : k + 1] * self.x + things[:, k + 6 : k + 7] for k in (0, 1, 2))  # (L, 1, B, 1, W)
+        u_column, v_column, turns_column = (things[:, k : k + 1] * self.y for k in (3, 4, 5))  # (L, 1, B, H, 1)
+        for layer in range(LAYERS):
+            sharpness, outward, warp, contrast, *rest = things[layer, 9:].unbind()  # (B, 1, 1) each
+            contour, middle, swing = rest[:HARMONICS], rest[HARMONICS : HARMONICS + 3], rest[HARMONICS + 3 :]
+            u, v, turns = u_row[layer, 0] + u_column[layer, 0], v_row[layer, 0] + v_column[layer, 0], turns_row[layer, 0] + turns_column[layer, 0]
             square = v.mul_(v).add_(u * u)
-            radius = square.sqrt()
+            radius = torch.from_numpy(np.sqrt(square.numpy()))  # PyTorch's would start threads
             # Clenshaw's recurrence for sum_k contour[k] cos((k + 1) t) + 1, with u / radius = cos t.
             cosine = u.div_(radius + 1e-6)
             double = cosine + cosine
@@ -281,17 +279,19 @@ class ShapesSource:
             edge = cosine.mul_(newer).sub_(older).add_(1)
             mask = edge.sub_(radius).mul_(sharpness).add_(0.5).clamp_(0, 1)
 
-            turns += radius.mul_(waves[2])
-            turns += marble * warp
-            turns -= turns.round()
+            turns.add_(radius.mul_(outward))
+            turns.add_(marble * warp)
+            turns.sub_((turns + ROUNDER).sub_(ROUNDER))  # to the nearest whole turn
             # 8 t - 16 t |t| is within 0.06 of sin(2 pi t), and exact arithmetic.
             texture = turns.mul_(turns.abs().mul_(-16).add_(8)).mul_(contrast).clamp_(-1, 1)
             shade = square.mul_(-0.25).add_(1.1)  # darker outwards, as round things lit from the front
             for channel in range(3):
                 colour = (texture * swing[channel]).add_(middle[channel]).mul_(shade)
-                image[channel] += colour.sub_(image[channel]).mul_(mask)
+                image[channel].add_(colour.sub_(image[channel]).mul_(mask))
 
-        noise = noise * 255
+        noise = channels[8] * 255
+        pixels = torch.empty(B, H, W, 3, dtype=torch.uint8)
         for channel in range(3):
-            image[channel].mul_(255).add_(grain[channel].mul_(noise)).add_(0.5).clamp_(0, 255)
-        return torch.stack(image, -1).to(torch.uint8).numpy()
+            image[channel].mul_(255).add_(grain[:, channel].mul(noise)).add_(0.5).clamp_(0, 255)
+            pixels[..., channel] = image[channel]
+        return pixels.numpy()

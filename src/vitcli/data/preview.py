@@ -1,0 +1,81 @@
+"""Contact sheets: what a source holds, or what augmentation makes of it, as one labelled picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from vitcli.data.sources import Source
+from vitcli.data.transforms import TrainTransform
+from vitcli.randomness import derive_seed, permute
+
+__all__ = ["contact_sheet", "preview", "save_preview"]
+
+CELL = 96  # px, side of a picture on the sheet
+CAPTION = 16  # px, height of the line below it
+GAP = 4  # px
+
+
+def preview(
+    source: Source, *, rows: int = 8, columns: int = 8, transform: TrainTransform | None = None, seed: int = 0
+) -> Image.Image:
+    """Draw a sheet of examples: a row for each of `rows` classes spread over all, `columns` examples of each.
+
+    Sources that know their labels only by making the images fill the sheet in shuffled order.
+
+    Args:
+        transform: show the images after this augmentation, in as many passes as a class has too few examples.
+    """
+    picked = pick(source, rows=rows, columns=columns, seed=seed)
+    images, captions = [], []
+    for position, index in enumerate(picked.tolist()):
+        image, label = source[index]
+        if transform is not None:
+            epochs = np.array([position])  # an image that is there twice is augmented differently
+            tensor = transform([image], seed=seed, epochs=epochs, indices=np.array([index]))
+            image = tensor[0].permute(1, 2, 0).numpy()
+        images.append(image)
+        captions.append(source.classes[label])
+    return contact_sheet(images, captions, columns=columns)
+
+
+def save_preview(source: Source, path: Path, *, transform: TrainTransform | None = None, seed: int = 0) -> None:
+    """Write `preview` as a PNG file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    preview(source, transform=transform, seed=seed).save(path, format="PNG")
+
+
+def pick(source: Source, *, rows: int, columns: int, seed: int) -> NDArray[np.int64]:
+    """Choose the indices to show, (n,)."""
+    if source.labels is None:
+        return permute(np.arange(min(rows * columns, len(source))), len(source), derive_seed(seed, "preview"))
+    shown = np.unique(np.linspace(0, len(source.classes) - 1, rows).astype(np.int64))
+    picked = []
+    for label in shown.tolist():
+        members = np.flatnonzero(source.labels == label)
+        if len(members):
+            order = permute(np.arange(min(columns, len(members))), len(members), derive_seed(seed, "preview", label))
+            picked.append(np.resize(members[order], columns))  # repeats them when there are too few
+    return np.concatenate(picked)
+
+
+def contact_sheet(images: Sequence[NDArray[np.uint8]], captions: Sequence[str], *, columns: int) -> Image.Image:
+    """Draw images (H, W, 3) of any size in a grid, each with its caption below; pixels enlarged, not smoothed."""
+    rows = -(-len(images) // columns)
+    across, down = CELL + GAP, CELL + CAPTION + GAP
+    sheet = Image.new("RGB", (columns * across + GAP, rows * down + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
+    for i, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = GAP + i % columns * across, GAP + i // columns * down
+        picture = Image.fromarray(pixels)
+        scale = CELL / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BILINEAR)
+        sheet.paste(picture, (left, top))
+        while caption and pen.textlength(caption, font=font) > CELL:
+            caption = caption[:-1]
+        pen.text((left, top + CELL + 1), caption, fill="black", font=font)
+    return sheet

@@ -1,0 +1,210 @@
+"""Optimisers, the learning rate and averages, against tables, plain formulas and torch's own schedulers."""
+
+import math
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitcli.config import OptimConfig
+from vitcli.models.vit import VisionTransformer
+from vitcli.optim import build_optimizer, clip_gradients, ema_start, ema_update, lr_at, param_groups, weight_norm
+
+
+def build(**changes: Any) -> VisionTransformer:
+    """Build a tiny model with a representation layer."""
+    torch.manual_seed(0)
+    sizes = {"image_size": (16, 16), "patch_size": 8, "width": 16, "depth": 2, "mlp_dim": 32, "num_heads": 2, "num_classes": 5}
+    return VisionTransformer(**{**sizes, "representation_size": 8, **changes})
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Tensor]:
+    """Take a few steps on fixed data; return the weights."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        images = torch.randn(8, 3, 16, 16, generator=generator)
+        labels = torch.randint(0, 5, (8,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------ groups
+
+
+def test_only_kernels_decay() -> None:
+    model = build()
+    decayed, others = param_groups(model, weight_decay=0.1)
+    kernels = {name for name, _ in decayed["params"]}
+    blocks = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert kernels == {"patch_embed.proj.weight", "pre_logits.weight", "head.weight"} | blocks
+    rest = {name for name, _ in others["params"]}
+    assert {"cls_token", "pos_embed", "norm.weight", "norm.bias", "head.bias", "blocks.0.norm1.weight"} <= rest
+    assert kernels | rest == {name for name, _ in model.named_parameters()}
+    assert not kernels & rest
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = build(representation_size=None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith("head.")
+    assert [[name for name, _ in group["params"]] for group in param_groups(model, weight_decay=0.1)] == [
+        ["head.weight"],
+        ["head.bias"],
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- optimisers
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_update_equals_the_formula(name: Literal["adam", "adamw", "sgd"]) -> None:
+    """Three steps of the update rules as published, in float64."""
+    model = build().double()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    section = OptimConfig(name=name, lr=0.01, weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6, momentum=0.9)
+    optimizer = build_optimizer(section, model)
+    decay = {n: g["weight_decay"] for g in param_groups(model, weight_decay=0.1) for n, _ in g["params"]}
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    first = {n: torch.zeros_like(p) for n, p in expected.items()}
+    second = {n: torch.zeros_like(p) for n, p in expected.items()}
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 16, 16, dtype=torch.float64)).square().mean().backward()
+        for n, p in model.named_parameters():
+            assert p.grad is not None
+            gradient = p.grad.clone()
+            if name == "adamw":
+                expected[n] *= 1 - 0.01 * decay[n]
+            else:
+                gradient += decay[n] * expected[n]
+            if name == "sgd":
+                first[n] = 0.9 * first[n] + gradient
+                expected[n] -= 0.01 * first[n]
+            else:
+                first[n] = 0.8 * first[n] + 0.2 * gradient
+                second[n] = 0.95 * second[n] + 0.05 * gradient**2
+                corrected = (second[n] / (1 - 0.95**step)).sqrt() + 1e-6
+                expected[n] -= 0.01 * first[n] / (1 - 0.8**step) / corrected
+        optimizer.step()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[n], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_steps_are_the_same_bits_again_and_after_a_saved_state(name: Literal["adam", "adamw", "sgd"], tmp_path: Any) -> None:
+    section = OptimConfig(name=name, lr=0.01, weight_decay=0.1)
+    models = [build() for _ in range(3)]
+    optimizers = [build_optimizer(section, model) for model in models]
+    whole = take_steps(models[0], optimizers[0], 4)
+    again = take_steps(models[1], optimizers[1], 4)
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+    torch.save(optimizers[1].state_dict(), tmp_path / "optimizer.pt")
+    models[2].load_state_dict(models[1].state_dict())
+    optimizers[2].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    whole, resumed = take_steps(models[1], optimizers[1], 2), take_steps(models[2], optimizers[2], 2)
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+def test_state_names_its_parameters() -> None:
+    groups = build_optimizer(OptimConfig(), build()).state_dict()["param_groups"]
+    assert groups[0]["param_names"][0] == "patch_embed.proj.weight"
+
+
+# ----------------------------------------------------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("linear", 0, 1 / 11),
+        ("linear", 4, 5 / 11),
+        ("linear", 9, 10 / 11),
+        ("linear", 10, 1.0),
+        ("linear", 60, 0.55),
+        ("linear", 110, 0.1),
+        ("linear", 500, 0.1),
+        ("cosine", 0, 1 / 11),
+        ("cosine", 10, 1.0),
+        ("cosine", 35, 0.1 + 0.9 * (2 + math.sqrt(2)) / 4),
+        ("cosine", 60, 0.55),
+        ("cosine", 110, 0.1),
+        ("rsqrt", 10, 1.0),
+        ("rsqrt", 40, 0.5),
+        ("rsqrt", 90, 1 / 3),
+        ("rsqrt", 100_000, 0.1),
+        ("constant", 4, 5 / 11),
+        ("constant", 10, 1.0),
+        ("constant", 109, 1.0),
+    ],
+)
+def test_lr_table(schedule: Literal["linear", "cosine", "rsqrt", "constant"], step: int, expected: float) -> None:
+    lr = lr_at(step, lr=1.0, end_lr=0.1, total_steps=110, warmup_steps=10, schedule=schedule)
+    assert lr == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "rsqrt", "constant"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7, 40])
+def test_lr_is_positive_at_every_step_and_largest_after_the_warmup(schedule: Any, warmup_steps: int) -> None:
+    rates = [lr_at(s, lr=2e-3, end_lr=0.0, total_steps=40, warmup_steps=warmup_steps, schedule=schedule) for s in range(40)]
+    assert min(rates) > 0
+    assert max(rates) == rates[min(warmup_steps, 39)]
+    assert max(rates) <= 2e-3
+    assert lr_at(warmup_steps, lr=2e-3, end_lr=0.0, total_steps=100, warmup_steps=warmup_steps, schedule=schedule) == 2e-3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_decay_equals_torchs_schedulers(schedule: Literal["linear", "cosine"]) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.03)
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    if schedule == "cosine":
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=1e-4)
+    else:
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=1e-4 / 0.03, total_iters=50)
+    for step in range(50):
+        ours = lr_at(step, lr=0.03, end_lr=1e-4, total_steps=50, warmup_steps=0, schedule=schedule)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+# ------------------------------------------------------------------------------------------------------ norms and averages
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_one_before() -> None:
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2))]
+    parameters[0].grad, parameters[1].grad = torch.full((3,), 2.0), torch.full((4,), 1.0)  # norm sqrt(12 + 4) = 4
+    assert clip_gradients(parameters, None).item() == 4.0
+    assert clip_gradients(parameters, 8.0).item() == 4.0
+    assert torch.equal(parameters[0].grad, torch.full((3,), 2.0))
+    assert clip_gradients(iter(parameters), 1.0).item() == 4.0
+    torch.testing.assert_close(parameters[0].grad, torch.full((3,), 0.5))
+    torch.testing.assert_close(parameters[1].grad, torch.full((4,), 0.25))
+
+
+def test_weight_norm() -> None:
+    model = build()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()]).norm()
+    torch.testing.assert_close(weight_norm(model.parameters()), expected)
+    assert not weight_norm(model.parameters()).requires_grad
+
+
+def test_ema_is_the_weighted_mean_of_the_weights_seen() -> None:
+    model = build()
+    ema = ema_start(model)
+    expected = {name: tensor.double() for name, tensor in ema.items()}
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+        ema_update(ema, model, 0.9)
+        expected = {name: 0.9 * tensor + 0.1 * model.state_dict()[name].double() for name, tensor in expected.items()}
+    for name in ema:
+        torch.testing.assert_close(ema[name].double(), expected[name], atol=1e-6, rtol=1e-5)
+    assert not any(tensor.requires_grad for tensor in ema.values())

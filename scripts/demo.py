@@ -18,7 +18,9 @@ LABELS = {"pretrained": "pretrained on the corpus", "scratch": "from scratch"}
 def vit(*words: str, capture: bool = False) -> str:
     """Run one `vit` command with this interpreter and return what it prints on standard output, if captured."""
     print(f"\n$ vit {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "vitcli", *words], check=False, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run(
+        [sys.executable, "-m", "vitcli", *words], check=False, text=True, stdout=subprocess.PIPE if capture else None
+    )
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or ""

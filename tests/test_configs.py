@@ -44,8 +44,10 @@ TABLE_4 = {
 
 
 def load(path: Path) -> Config:
-    """Read a shipped file; fine-tuning files leave the architecture to the checkpoint, here a B/16."""
-    return load_config(path, ["model.variant=B/16"] if path.name.startswith("finetune-") else [])
+    """Read a shipped file; what a fine-tuning file leaves to the checkpoint is a B/16 at 224 px here."""
+    text = path.read_text(encoding="utf-8")
+    checkpoint = [] if "\nmodel:" in text else ["model.variant=B/16"]
+    return load_config(path, checkpoint + ([] if "image_size:" in text else ["data.image_size=224"]))
 
 
 def test_there_are_configs() -> None:
@@ -116,6 +118,7 @@ def test_the_built_in_recipe_is_the_shipped_file(dataset: str) -> None:
     recipe = finetune_recipe(
         dataset, model=model, preprocessing=preprocessing, num_examples=50_000, forward_flops=10**9, flops_per_second=1e15
     )
-    stated = Config.model_validate(recipe.settings)
+    settings = {**recipe.settings, "data": {"source": dataset, **recipe.settings["data"]}}
+    stated = Config.model_validate(settings)
     for section in ("data", "augment", "optim", "train"):
         assert getattr(stated, section) == getattr(config, section), section

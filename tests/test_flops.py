@@ -42,7 +42,7 @@ def test_forward_equals_torchs_counter(changes: dict[str, Any]) -> None:
 
 
 def test_published_numbers() -> None:
-    sizes = {key: value for key, value in parse_variant("B/16").items() if key != HEADS}
+    sizes: dict[str, Any] = {key: value for key, value in parse_variant("B/16").items() if key != HEADS}
     flops = forward_flops(image_size=(224, 224), num_classes=1000, **sizes)
     assert flops == pytest.approx(
         2 * 17.56e9, rel=0.005

@@ -2,15 +2,19 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from vitcli import logs
 from vitcli.errors import UserError
@@ -29,6 +33,16 @@ class Clock:
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def seconds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each event file be a second younger than the one before: TensorBoard reads them in the order of their names.
+
+    A process opens one, and a restart takes longer than a second to get there; a test does not.
+    """
+    seconds = itertools.count(round(time.time()))
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(seconds)))
 
 
 @pytest.fixture
@@ -73,7 +87,7 @@ def test_plain_lines(tmp_path: Path, clock: Clock) -> None:
 def test_speed_leaves_pauses_out(tmp_path: Path, clock: Clock) -> None:
     with open_log(tmp_path) as log:
         clock.now += 2.0
-        with log.paused():
+        with log.paused(), log.paused():
             clock.now += 50.0
         with contextlib.suppress(KeyError), log.paused():
             clock.now += 7.0
@@ -154,6 +168,14 @@ def test_resume_cuts_back_and_repeats_nothing(tmp_path: Path) -> None:
     assert [(row["kind"], row["step"]) for row in rows_in(tmp_path)][-2:] == [("train", 40), ("eval", 40)]
     assert scalars_in(tmp_path, "train/loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, -40.0)]
     assert [step for step, _ in scalars_in(tmp_path, "eval/top1")] == [20, 40]
+
+
+def test_the_same_evaluation_twice_is_one_row(tmp_path: Path) -> None:
+    write_run(tmp_path, 20)  # killed after its last evaluation, before its summary
+    with open_log(tmp_path, start_step=20, quiet=True) as log:
+        log.eval_row(20, {"top1": 0.02})
+    assert [(row["kind"], row["step"]) for row in rows_in(tmp_path)] == [("train", 10), ("train", 20), ("eval", 20)]
+    assert [step for step, _ in scalars_in(tmp_path, "eval/top1")] == [20]
 
 
 def test_resume_from_the_beginning(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from vitcli import rundir
+from vitcli.config_file import flatten
 from vitcli.errors import RunExistsError, UserError
-from vitcli.rundir import build_manifest, differing_keys, flatten, git_revision, lock_run, read_json, write_json, write_text
+from vitcli.rundir import build_manifest, differing_keys, git_revision, lock_run, read_json, write_json, write_text
 
 
 def start_holder(run_dir: Path, code: str) -> subprocess.Popen[str]:
@@ -99,6 +100,12 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write_text(path, "new")
     assert read_json(path) == {"top1": 0.5, "name": "dög"}
     assert [item.name for item in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_leftovers_of_a_kill_go_with_the_next_lock(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-config.yaml-4711").write_text("half")
+    with lock_run(tmp_path):
+        assert [item.name for item in tmp_path.iterdir()] == [".lock"]
 
 
 def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def random_boxes(count: int, height: int, width: int) -> NDArray[np.float32]:
 @pytest.mark.parametrize("size", [(32, 32), (16, 24), (64, 64)])
 def test_batch_resampling_equals_pillow_bit_for_bit(shape: tuple[int, int], size: tuple[int, int]) -> None:
     images, boxes = random_images(24, *shape), random_boxes(24, *shape)
-    assert (crop_resize(images, boxes, size=size, clip=True) == crop_resize_each(list(images), boxes, size=size, clip=True)).all()
+    assert (
+        crop_resize(images, boxes, size=size, clip=True) == crop_resize_each(list(images), boxes, size=size, clip=True)
+    ).all()
     rng = np.random.default_rng(2)
     fraction = rng.random((24, 4)).astype(np.float32)
     free = np.empty_like(fraction)  # boxes between pixels
@@ -44,7 +46,9 @@ def test_batch_resampling_equals_pillow_bit_for_bit(shape: tuple[int, int], size
         extent = (0.3 + 0.6 * fraction[:, axis]) * length
         free[:, axis] = fraction[:, axis + 2] * (length - extent)
         free[:, axis + 2] = free[:, axis] + extent
-    assert (crop_resize(images, free, size=size, clip=False) == crop_resize_each(list(images), free, size=size, clip=False)).all()
+    assert (
+        crop_resize(images, free, size=size, clip=False) == crop_resize_each(list(images), free, size=size, clip=False)
+    ).all()
 
 
 def test_crop_resize_is_torchvisions_resized_crop() -> None:
@@ -193,7 +197,9 @@ def test_randaugment_operations_equal_pillow() -> None:
         "Contrast": lambda image: ImageEnhance.Contrast(image).enhance(factor),
         "Brightness": lambda image: ImageEnhance.Brightness(image).enhance(factor),
         "Sharpness": lambda image: ImageEnhance.Sharpness(image).enhance(factor),
-        "ShearX": lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0.18, 0, 0, 1, 0), fillcolor=(128,) * 3),
+        "ShearX": lambda image: image.transform(
+            image.size, Image.Transform.AFFINE, (1, 0.18, 0, 0, 1, 0), fillcolor=(128,) * 3
+        ),
         "TranslateY": lambda image: image.transform(
             image.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, round(0.6 * 100 / 224 * 30)), fillcolor=(128,) * 3
         ),
@@ -247,7 +253,7 @@ def test_mixup_blends_with_the_rolled_batch() -> None:
     again, _ = mix_batch(images, targets, seed=11, mixup=0.8, cutmix=0.0)
     assert torch.equal(mixed, again)
     shares = [float(mix_batch(images, targets, seed=s, mixup=0.2, cutmix=0.0)[1][0, 0]) for s in range(400)]
-    assert min(shares) >= 0.5 and abs(np.mean(shares) - 0.930) < 0.015  # E max(a, 1-a) for Beta(.2, .2), by scipy.integrate
+    assert min(shares) >= 0.5 and abs(np.mean(shares) - 0.899) < 0.02  # E max(a, 1 - a), a ~ Beta(.2, .2)
 
 
 def test_cutmix_pastes_a_rectangle_of_the_share_in_the_targets() -> None:
@@ -262,7 +268,7 @@ def test_cutmix_pastes_a_rectangle_of_the_share_in_the_targets() -> None:
         rows, columns = pasted.any(1).sum(), pasted.any(0).sum()
         assert int(pasted.sum()) == int(rows * columns)
         torch.testing.assert_close(soft.sum(1), torch.ones(5))
-    assert min(shares) < 0.1 and max(shares) > 0.9
+    assert min(shares) < 0.15 and max(shares) > 0.9
     assert images.unique().tolist() == [0, 1, 2, 3, 4]  # the input is not written to
 
 

@@ -49,7 +49,7 @@ def test_logits_equal_timm(gelu: str, image_size: tuple[int, int]) -> None:
     layer = nn.GELU if gelu == "exact" else (lambda: nn.GELU(approximate="tanh"))
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=image_size, act_layer=layer, num_classes=7).eval()
     state = randomise(theirs)
-    ours = VisionTransformer(**{**parse_variant("Ti/16"), "image_size": image_size, "num_classes": 7, "gelu": gelu}).eval()
+    ours = build(**parse_variant("Ti/16"), image_size=image_size, num_classes=7, gelu=gelu)
     ours.load_state_dict(state, strict=True)  # no table: the names are the same
     images = pixels(2, *image_size)
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
@@ -116,7 +116,7 @@ def test_logits_equal_transformers(gelu: str) -> None:
         layer_norm_eps=1e-6,
         image_size=64,
         patch_size=16,
-        num_labels=5,
+        id2label={index: str(index) for index in range(5)},
     )
     theirs = ViTForImageClassification(config).eval()
     state = from_hugging_face(randomise(theirs), depth=3)
@@ -170,7 +170,15 @@ def test_representation_layer_and_non_square_image_against_plain_formula(image_s
 
 
 def test_gradients_equal_timm() -> None:
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "mlp_ratio": 2, "num_heads": 4, "num_classes": 10}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "mlp_ratio": 2,
+        "num_heads": 4,
+        "num_classes": 10,
+    }
     theirs = timm.models.VisionTransformer(**sizes).eval()
     ours = build(gelu="exact")
     ours.load_state_dict(randomise(theirs), strict=True)
@@ -178,9 +186,7 @@ def test_gradients_equal_timm() -> None:
         F.cross_entropy(model(pixels(4, 32, 32)), torch.arange(4)).backward()
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4, msg=f"gradient of {name}")
 
 
 # --------------------------------------------------------------------------------------------------------- sin-cos and gap

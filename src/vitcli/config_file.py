@@ -6,7 +6,7 @@ removes the weaker layers' other units, and the recipe's warm-up with them. Noth
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from vitcli.config import Config, ModelConfig, resolve_model
 from vitcli.errors import ConfigError
 
-__all__ = ["Layers", "check_config", "dump_config", "load_config", "read_config", "setting_keys", "stored_config"]
+__all__ = ["Layers", "check_config", "dump_config", "flatten", "load_config", "read_config", "setting_keys", "stored_config"]
 
 LENGTHS = ("steps", "epochs", "examples")
 
@@ -45,7 +45,7 @@ class Layers:
         self.origins: dict[str, str] = {}
         self.base_name = base_name
         if base:
-            self.add(dict(flatten(base)), {}, base_name)
+            self.add(flatten(base), {}, base_name)
 
     def add(self, values: Mapping[str, Any], lines: Mapping[str, int], name: str) -> None:
         """Put a layer of dotted keys on top; `lines` gives the line in the file `name` where known."""
@@ -80,7 +80,7 @@ class Layers:
                 value = yaml.load(text, PlainLoader)  # a SafeLoader
             except yaml.YAMLError:
                 raise ConfigError(f"{word}: the value is not YAML; quote it for the shell") from None
-            parsed |= dict(flatten({key: value})) if isinstance(value, dict) else {key: value}
+            parsed |= flatten({key: value}) if isinstance(value, dict) else {key: value}
         for key, value in parsed.items():
             self.add({key: value}, {}, f"{key}={value}")
 
@@ -104,12 +104,15 @@ class Layers:
         return result
 
 
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in mapping.items():
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys; an empty mapping stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

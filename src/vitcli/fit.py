@@ -6,7 +6,6 @@ and a resumed run ends with the weights of one that was never interrupted, bit f
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vitcli.checkpoint import Pretrained, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from vitcli.config import Config
+from vitcli.config_file import flatten
 from vitcli.data.loader import eval_batches, train_batches
 from vitcli.data.sources import Source
 from vitcli.data.transforms import EvalTransform, TrainTransform, mix_batch, normalise
@@ -83,14 +83,14 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(config.optim, model)
     ema = ema_start(model) if train.ema_decay is not None else None
-    step, train_seconds = 0, 0.0
+    step = 0
     if resume_from is not None:
         saved = load_checkpoint(resume_from)
         model.load_state_dict(saved.model_state)
         optimizer.load_state_dict(saved.optimizer_state)
         if ema is not None and saved.ema_state is not None:
             ema = {name: saved.ema_state[name].to(device) for name in ema}
-        step, train_seconds = saved.step, float(saved.manifest.get("train_seconds", 0.0))
+        step = saved.step
         say(f"resuming {config.out} from step {step:,}")
     forward = torch.compile(model) if train.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
@@ -113,9 +113,27 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
         with log.paused():
             save_checkpoint(
                 checkpoints, step=step, model_state=model.state_dict(), ema_state=ema, optimizer_state=optimizer.state_dict(),
-                manifest={**about, "train_seconds": round(train_seconds, 1)},
+                manifest=about,
             )  # fmt: skip
         prune_checkpoints(checkpoints, keep=log_settings.keep_checkpoints, step=step)
+
+    def write_row() -> None:
+        loss_sum, hit_sum, images_seen = sums.tolist()  # the only place that waits for the device
+        sums.zero_()
+        row = {
+            "loss": loss_sum / images_seen,
+            "accuracy": hit_sum / images_seen,
+            "lr": lr,
+            "gradient_norm": gradient_norm.item(),
+            "weight_norm": weight_norm(parameters).item(),
+            "epoch": step * train.batch_size / job.plan.train_examples,
+        }
+        log.train_row(step, row)
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+            raise UserError(
+                f"{config.out}: loss {row['loss']} and gradient norm {row['gradient_norm']} by step {step} are not finite; nothing of it "
+                "was saved: lower optim.lr or lengthen optim.warmup_steps, with another --out"
+            )
 
     def evaluate_now() -> EvalResult:
         judged = model
@@ -130,7 +148,6 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
         return result
 
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss x images, hits, images since the last row
-    clock = time.perf_counter()
     with stop.deferred():
         try:
             while True:
@@ -138,9 +155,9 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
                 if last or (step > 0 and step % log_settings.eval_every_steps == 0 and not log.has_eval(step)):
                     result = evaluate_now()
                 if last:
-                    break
+                    log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
+                    return result, log.train_seconds
                 stop.check()
-                clock = time.perf_counter()
                 lr = lr_of_step(config, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -169,30 +186,16 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
                 if ema is not None and train.ema_decay is not None:
                     ema_update(ema, model, train.ema_decay)
                 step += 1
-                train_seconds += time.perf_counter() - clock
                 log.tick(step)
                 save_now = step % log_settings.checkpoint_every_steps == 0 or step == train.steps
-                if step % log_settings.log_every_steps == 0 or save_now:
-                    loss_sum, hit_sum, images_seen = sums.tolist()  # the only place that waits for the device
-                    sums.zero_()
-                    row = {
-                        "loss": loss_sum / images_seen,
-                        "accuracy": hit_sum / images_seen,
-                        "lr": lr,
-                        "gradient_norm": gradient_norm.item(),
-                        "weight_norm": weight_norm(parameters).item(),
-                        "epoch": step * train.batch_size / job.plan.train_examples,
-                    }
-                    log.train_row(step, row)
-                    if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
-                        raise UserError(
-                            f"{config.out}: the loss or gradient is not finite by step {step} (loss {row['loss']}, gradient norm "
-                            f"{row['gradient_norm']}); nothing of it was saved: lower optim.lr or lengthen optim.warmup_steps, with another --out"
-                        )
+                if save_now or step % log_settings.log_every_steps == 0:
+                    write_row()
                 if save_now:
                     save()
         except Interrupted:
             if step > 0:
+                if sums[2] > 0:
+                    write_row()
                 save()
                 say(f"stopped at step {step:,}, saved; the same command goes on from there")
             raise
@@ -201,7 +204,6 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
             close = getattr(micro_batches, "close", None)
             if close is not None:
                 close()
-    return result, train_seconds
 
 
 def soft_targets(labels: Tensor, *, num_classes: int, label_smoothing: float) -> Tensor:

@@ -64,9 +64,11 @@ class RunLog:
                 f"{self.metrics_path}: cannot be written ({error.strerror}); choose another run directory"
             ) from error
         self.eval_steps = {row["step"] for row in rows if row["kind"] == "eval"}
+        self.train_seconds = sum(row.get("seconds", 0.0) for row in rows if row["kind"] == "train")  # of the whole run
         self.row_step = start_step  # the last row's
         self.window_start = time.monotonic()
         self.paused_seconds = 0.0  # since the last row
+        self.is_paused = False
         self.step_seconds: float | None = None  # smoothed
         self.bar: tqdm[Any] | None = None
         if self.stream.isatty() and not quiet:
@@ -98,7 +100,8 @@ class RunLog:
         latest = seconds / steps
         before = latest if self.step_seconds is None else self.step_seconds
         self.step_seconds = SPEED_MEMORY * before + (1 - SPEED_MEMORY) * latest
-        self.write_row("train", step, {**values, "images_per_second": speed})
+        self.write_row("train", step, {**values, "images_per_second": speed, "seconds": seconds})
+        self.train_seconds += seconds
         self.row_step, self.window_start, self.paused_seconds = step, time.monotonic(), 0.0
 
         shown = []
@@ -116,9 +119,14 @@ class RunLog:
         return speed
 
     def eval_row(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log an evaluation after `step` updates; the console shows `top1`, `top5` and `loss` where given."""
-        self.write_row("eval", step, values)
-        self.eval_steps.add(step)
+        """Log an evaluation after `step` updates; the console shows `top1`, `top5` and `loss` where given.
+
+        A run killed between its last evaluation and its summary evaluates that step again; the files keep the first row.
+        """
+        if not self.has_eval(step):
+            with self.paused():
+                self.write_row("eval", step, values)
+            self.eval_steps.add(step)
         shown = [f"{name} {100 * values[key]:.2f} %" for key, name in (("top1", "top-1"), ("top5", "top-5")) if key in values]
         if isinstance(values.get("loss"), int | float):
             shown.append(f"loss {values['loss']:.4g}")
@@ -130,10 +138,11 @@ class RunLog:
 
     def images(self, step: int, tag: str, images: "Tensor") -> None:
         """Put uint8 images (n, 3, H, W) into TensorBoard as one grid."""
-        from torchvision.utils import make_grid
+        with self.paused():
+            from torchvision.utils import make_grid
 
-        grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=2)
-        self.writer().add_image(tag, grid, global_step=step)
+            grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=2)
+            self.writer().add_image(tag, grid, global_step=step)
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Put flat settings, and the numbers to compare runs by (say `eval/top1`), into TensorBoard's HPARAMS page."""
@@ -159,11 +168,15 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what happens inside (evaluation, saving) out of img/s and ETA; not to be nested."""
-        start = time.monotonic()
+        """Keep what happens inside (evaluation, saving) out of img/s and ETA; may be nested."""
+        if self.is_paused:
+            yield
+            return
+        self.is_paused, start = True, time.monotonic()
         try:
             yield
         finally:
+            self.is_paused = False
             self.paused_seconds += time.monotonic() - start
 
     def close(self) -> None:

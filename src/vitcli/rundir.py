@@ -16,9 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vitcli.config_file import flatten
 from vitcli.errors import RunExistsError, UserError
 
-__all__ = ["lock_run", "write_text", "write_json", "read_json", "build_manifest", "git_revision", "flatten", "differing_keys"]
+__all__ = ["lock_run", "write_text", "write_json", "read_json", "build_manifest", "git_revision", "differing_keys"]
 
 LOCK_NAME = ".lock"
 
@@ -74,6 +75,8 @@ def lock_run(run_dir: Path) -> Iterator[None]:
             ) from error
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, f"{os.getpid()}\n".encode(), 0)
+        for leftover in run_dir.glob(".tmp-*"):  # of a process killed while it wrote
+            leftover.unlink()
         yield
     finally:
         lock.close()
@@ -181,17 +184,6 @@ def git_revision(file: Path) -> str | None:
 
 
 # ---------------------------------------------------------------- comparing configs
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one with dotted keys; an empty mapping stays a value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -214,17 +215,24 @@ class MadeBatches(Dataset[Batch | UserError]):
 
 def in_processes(make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Prepare batches in loader processes; they end with the iterator."""
-    loader = DataLoader(
-        MadeBatches(make),
-        batch_size=None,
-        sampler=cast(Any, keys),
-        num_workers=workers,
-        prefetch_factor=PREFETCH,
-        pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # its own: the default one's state belongs to the model
-    )
-    batches = iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: the user's choice
+        loader = DataLoader(
+            MadeBatches(make),
+            batch_size=None,
+            sampler=cast(Any, keys),
+            num_workers=workers,
+            prefetch_factor=PREFETCH,
+            pin_memory=pin_memory,
+            worker_init_fn=prepare_worker,
+            generator=torch.Generator(),  # its own: the default one's state belongs to the model
+        )
+    held_back = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)  # until a new process has said that it ignores them
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         for item in batches:
             if isinstance(item, UserError):
@@ -238,4 +246,5 @@ def prepare_worker(worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the main process; it ends the loader in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     torch.set_num_threads(1)

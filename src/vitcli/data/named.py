@@ -131,12 +131,14 @@ def download(name: str, known: NamedSet, own: Path, *, split: Split) -> Arrays |
 
 def read(known: NamedSet, place: Path, *, split: Split, download: bool) -> Arrays | ImageFiles:
     """Open one of torchvision's classes on `place` and take its content over."""
+    import torch
     from torchvision import datasets
 
     build = getattr(datasets, known.torchvision_class)
     if known.torchvision_class in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST"):
         stored = build(place, train=split == "train", download=download)
-        return Arrays(np.ascontiguousarray(stored.data), np.array(stored.targets, np.int64), list(stored.classes))
+        images = torch.as_tensor(stored.data).contiguous().numpy()  # arrays in one class, tensors in another
+        return Arrays(images, torch.as_tensor(stored.targets, dtype=torch.int64).numpy(), list(stored.classes))
     if known.torchvision_class == "Flowers102":
         parts = [build(place, split=part, download=download) for part in (("train", "val") if split == "train" else ("test",))]
         return list_files(

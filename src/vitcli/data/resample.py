@@ -49,8 +49,10 @@ def crop_resize_each(images: list[NDArray[np.uint8]], boxes: Box, *, size: tuple
         if clip:
             image = image[int(top) : int(bottom), int(left) : int(right)]
             top, left, bottom, right = 0.0, 0.0, float(image.shape[0]), float(image.shape[1])
-        whole = Image.fromarray(np.ascontiguousarray(image))
-        out[i] = whole.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        # Two calls, because Pillow's own order of the passes depends on its version and on the shape.
+        picture = picture.resize((size[1], picture.height), Image.Resampling.BILINEAR, box=(left, 0, right, picture.height))
+        out[i] = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(0, top, size[1], bottom))
     return out
 
 

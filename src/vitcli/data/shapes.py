@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
 from vitcli.randomness import derive_seed, normal, permute, uniform
@@ -76,7 +77,7 @@ def things_from(u: Floats) -> Things:
 
 
 def vary(things: Things, z: Floats, kept: NDArray[np.bool_]) -> Things:
-    """Vary the things of each instance by normal numbers (B, L, JITTER_DRAWS); those not `kept` (B, L) shrink to nothing."""
+    """Vary the things of each instance by normal numbers (B, L, JITTER_DRAWS); those not `kept` (B, L) go out of sight."""
     tint = z[..., 6:9]
     return replace(
         things,
@@ -85,8 +86,8 @@ def vary(things: Things, z: Floats, kept: NDArray[np.bool_]) -> Things:
         phase=things.phase + z[..., 1],
         middle=things.middle + 0.08 * tint,
         swing=things.swing + 0.05 * z[..., 9:12],
-        centre=things.centre + 0.12 * z[..., 2:4],
-        axes=things.axes * np.exp(0.15 * z[..., 4:6]) * np.where(kept, 1, 1e-3)[..., None],
+        centre=things.centre + 0.12 * z[..., 2:4] + 100.0 * ~kept[..., None],
+        axes=things.axes * np.exp(0.15 * z[..., 4:6]),
         angle=things.angle + 0.25 * z[..., 12],
     )
 
@@ -177,11 +178,9 @@ class ShapesSource:
         # A crop as large as the image is a part of the plane's period, at most a quarter of it, so that crops differ.
         self.period = 1 << max(8, (4 * max(image_size) - 1).bit_length())
         plane = fractal_noise(self.period, derive_seed(*identity, "fractal")) * 2
-        wrapped = np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap")
-        self.fractal = np.lib.stride_tricks.sliding_window_view(wrapped, image_size)  # [row, column] is a crop
+        self.fractal = np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap")
         grain = normal(derive_seed(*identity, "grain"), np.arange(NOISE_BANK // 64), 64).astype(np.float32).ravel()
-        wrapped = np.pad(grain, (0, 3 * self.height * self.width), mode="wrap")
-        self.grain = np.lib.stride_tricks.sliding_window_view(wrapped, 3 * self.height * self.width)
+        self.grain = np.pad(grain, (0, 3 * self.height * self.width), mode="wrap")
 
     def __len__(self) -> int:
         return self.examples
@@ -253,9 +252,11 @@ class ShapesSource:
     def paint(self, backdrop: Floats, layers: Floats) -> NDArray[np.uint8]:
         """Paint images, uint8 (B, H, W, 3), from what `scenes` returned."""
         B, H, W = backdrop.shape[1], self.height, self.width
-        rows = (backdrop[9:13] * self.period).astype(np.int64)
-        veil, marble = (torch.from_numpy(self.fractal[rows[k], rows[k + 1]]) for k in (0, 2))  # (B, H, W)
-        grain = torch.from_numpy(self.grain[(backdrop[13] * NOISE_BANK).astype(np.int64)]).view(B, 3, H, W)
+        corner = (backdrop[9:13] * self.period).astype(np.int64)
+        crops = sliding_window_view(self.fractal, (H, W))
+        veil, marble = (torch.from_numpy(crops[corner[k], corner[k + 1]]) for k in (0, 2))  # (B, H, W)
+        runs = sliding_window_view(self.grain, 3 * H * W)
+        grain = torch.from_numpy(runs[(backdrop[13] * NOISE_BANK).astype(np.int64)]).view(B, 3, H, W)
 
         channels = torch.from_numpy(backdrop[:9]).view(9, B, 1, 1).unbind()
         veil += (channels[6] * self.x + channels[7] * self.y)

@@ -57,6 +57,7 @@ typecheck: $(READY_DEV)  ## static types
 	@$(BIN)/mypy
 
 bench: $(READY)  ## images per second: corpus, training step, forward pass
+	@$(BIN)/python scripts/bench_corpus.py
 	@$(BIN)/python scripts/bench.py
 
 ci: lint typecheck test demo  ## what .ci/run checks, in the environment at hand

@@ -1,4 +1,4 @@
-"""Images per second of what training is made of: drawing the corpus, a training step, a forward pass.
+"""Images per second of a training step and of a forward pass.
 
 Each number is the median of a few repeats on this machine, for `configs/jft-like.yaml` or the config given.
 """
@@ -9,13 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from vitcli.config import resolve_model
 from vitcli.config_file import load_config
-from vitcli.data.shapes import ShapesSource
 from vitcli.device import choose_device, choose_precision, hardware, keep_freed_memory
 from vitcli.models import build_model
 from vitcli.optim import build_optimizer
@@ -48,10 +46,6 @@ def main() -> None:
     height, width = config.data.image_size
     batch_size = config.train.micro_batch_size or min(128, config.train.batch_size)
     print(f"{hardware(device)}; {arguments.config}: {height} x {width} px, batches of {batch_size}, {precision}")
-
-    corpus = ShapesSource(classes=100, examples=1 << 20, image_size=(32, 32), seed=0, split="train")
-    indices = np.arange(1024)
-    print(f"  corpus, 32 x 32 px  {images_per_second(lambda: corpus.batch(indices), images=1024, repeats=repeats)}")
 
     torch.manual_seed(0)
     classes = config.data.shapes.classes

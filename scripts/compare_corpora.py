@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ Pair = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (B, H, W, 3), label
 
 def grid(cells: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return x and y, (SIDE, SIDE), from -1 to 1 in each of `cells` x `cells` cells."""
-    line = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE * cells % 1 * 2 - 1
+    line = ((np.arange(SIDE) + 0.5) / SIDE * cells % 1 * 2 - 1).astype(np.float32)
     return line[None, :], line[:, None]
 
 
@@ -65,9 +64,9 @@ def contours(labels: NDArray[np.int64], classes: int, seed: int) -> NDArray[np.u
     z = draws.standard_normal((5, B, 1, 1)).astype(np.float32)
     dx, dy = (x - 0.2 * z[0]) * np.exp(0.25 * z[2]), (y - 0.2 * z[1]) * np.exp(0.25 * z[3])
     radius, angle = np.hypot(dx, dy), np.arctan2(dy, dx) + 0.4 * z[4]
-    rim = 0.45 + sum(
-        (0.3 / math.sqrt(k + 1)) * (shape[:, 2 * k] - 0.5) * np.cos((k + 1) * angle + 2 * np.pi * shape[:, 2 * k + 1]) for k in range(6)
-    )
+    rim = np.full_like(radius, 0.45)
+    for k in range(1, 7):
+        rim += 0.3 / math.sqrt(k) * (shape[:, k - 1] - 0.5) * np.cos(k * angle + 2 * np.pi * shape[:, k + 5])
     lines = 2 + np.floor(5 * shape[:, 12])
     ink = np.clip(np.cos(2 * np.pi * lines * radius / rim) * 2 + draws.random((B, 1, 1)) - 0.5, 0, 1) * (radius < rim * 1.1)
     first, second = draws.random((2, B, 1, 1, 3), dtype=np.float32)
@@ -75,14 +74,15 @@ def contours(labels: NDArray[np.int64], classes: int, seed: int) -> NDArray[np.u
 
 
 def textures(labels: NDArray[np.int64], classes: int, seed: int) -> NDArray[np.uint8]:
-    """A class is a sum of four waves through a colour map, over the whole image; instances vary phase, angle, scale and colour."""
+    """A class is four warped waves through a colour map, over the whole image; instances vary phase, angle, scale, colour."""
     draws, B = np.random.default_rng(seed), len(labels)
     u = uniform(derive_seed("textures"), np.arange(classes), 18)[labels].astype(np.float32)[:, :, None, None]
     x, y = grid(1)
     total = np.zeros((B, SIDE, SIDE), np.float32)
     for k in range(4):
         angle = 2 * np.pi * u[:, k] + 0.2 * draws.standard_normal((B, 1, 1))
-        turns = (0.5 + 5 * u[:, 4 + k]) * np.exp(0.2 * draws.standard_normal((B, 1, 1))) * (np.cos(angle) * x + np.sin(angle) * y)
+        frequency = (0.5 + 5 * u[:, 4 + k]) * np.exp(0.2 * draws.standard_normal((B, 1, 1)))
+        turns = frequency * (np.cos(angle) * x + np.sin(angle) * y)
         total = total + u[:, 8 + k] * np.sin(2 * np.pi * (turns + draws.random((B, 1, 1))) + 1.5 * total)
     colours = u[:, 12:18, 0, 0] + 0.15 * draws.standard_normal((B, 6), dtype=np.float32)
     blend = 0.5 + 0.5 * np.tanh(total)[..., None]
@@ -94,7 +94,7 @@ def corpus(name: str, *, classes: int, examples: int, split: str) -> Pair:
     source = ShapesSource(classes=classes, examples=examples, image_size=(SIDE, SIDE), seed=0, split=split)
     if name == "objects":
         return source.batch(np.arange(examples))
-    painter: Callable[[NDArray[np.int64], int, int], NDArray[np.uint8]] = {"mosaic": mosaic, "contours": contours, "textures": textures}[name]
+    painter = {"mosaic": mosaic, "contours": contours, "textures": textures}[name]
     labels = source.label_of(np.arange(examples))
     chunks = range(0, examples, 256)
     return np.concatenate([painter(labels[i : i + 256], classes, derive_seed(name, split, i)) for i in chunks]), labels
@@ -102,7 +102,8 @@ def corpus(name: str, *, classes: int, examples: int, split: str) -> Pair:
 
 def folders(root: Path) -> Pair:
     """Read class folders, in a fixed shuffled order."""
-    files = [(file, k) for k, folder in enumerate(sorted(p for p in root.iterdir() if p.is_dir())) for file in sorted(folder.iterdir())]
+    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    files = [(file, k) for k, folder in enumerate(classes) for file in sorted(folder.iterdir())]
     order = np.random.default_rng(0).permutation(len(files))
     images = np.stack([np.asarray(Image.open(files[i][0]).convert("RGB")) for i in order])
     return images, np.array([files[i][1] for i in order])
@@ -122,8 +123,9 @@ class Block(nn.Module):
 
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down, self.heads = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width), heads
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
@@ -166,7 +168,8 @@ def train(model: SmallViT, train_set: Pair, test_set: Pair, *, images_seen: int,
     """Train with AdamW, warm-up and a cosine; return the accuracy on the test set, in percent."""
     torch.manual_seed(seed)
     B, (x, y) = 128, train_set
-    kernels, others = [p for p in model.parameters() if p.ndim in (2, 4)], [p for p in model.parameters() if p.ndim not in (2, 4)]
+    kernels = [p for p in model.parameters() if p.ndim in (2, 4)]
+    others = [p for p in model.parameters() if p.ndim not in (2, 4)]
     groups = [dict(params=kernels, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
     steps, queue = images_seen // B, torch.empty(0, dtype=torch.long)
@@ -184,8 +187,8 @@ def train(model: SmallViT, train_set: Pair, test_set: Pair, *, images_seen: int,
         optimizer.step()
     with torch.no_grad():
         x, y = test_set
-        hits = sum(int((model(batch_of(x[i : i + 500], False)).argmax(1).numpy() == y[i : i + 500]).sum()) for i in range(0, len(y), 500))
-    return 100 * hits / len(y)
+        guesses = np.concatenate([model(batch_of(x[i : i + 500], False)).argmax(1).numpy() for i in range(0, len(y), 500)])
+    return 100 * float((guesses == y).mean())
 
 
 def main() -> None:
@@ -208,23 +211,27 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks = {"digits": (*digits(), args.digits_images, False)}
     if args.cifar10:
-        (x, y), (test_x, test_y) = folders(args.cifar10 / "train"), folders(args.cifar10 / "test")
-        tasks["cifar10"] = ((x[: args.cifar10_subset], y[: args.cifar10_subset]), (test_x[:5000], test_y[:5000]), args.cifar10_images, True)
+        (x, y), (test_x, test_y), n = folders(args.cifar10 / "train"), folders(args.cifar10 / "test"), args.cifar10_subset
+        tasks["cifar10"] = ((x[:n], y[:n]), (test_x[:5000], test_y[:5000]), args.cifar10_images, True)
+    sizes = dict(patch=args.patch, width=args.width, depth=args.depth)
     for arm in args.arms:
         began = time.perf_counter()
         torch.manual_seed(args.seed)
-        model = SmallViT(patch=args.patch, width=args.width, depth=args.depth, classes=args.classes)
+        model = SmallViT(**sizes, classes=args.classes)
         row = {"arm": arm, **{k: v for k, v in vars(args).items() if k not in ("arms", "out", "cifar10")}}
         if arm != "scratch":
-            seen, held_out = (corpus(arm, classes=args.classes, examples=n, split=s) for n, s in ((args.pretrain_images, "train"), (1000, "val")))
-            row["pretrain_top1"] = train(model, seen, held_out, images_seen=args.pretrain_images, lr=args.pretrain_lr, augment=False, seed=args.seed)
+            seen = corpus(arm, classes=args.classes, examples=args.pretrain_images, split="train")
+            held_out = corpus(arm, classes=args.classes, examples=1000, split="val")
+            budget = dict(images_seen=args.pretrain_images, lr=args.pretrain_lr)
+            row["pretrain_top1"] = train(model, seen, held_out, **budget, augment=False, seed=args.seed)
         start = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("head")}
         for task, (train_set, test_set, images_seen, augment) in tasks.items():
             for lr in args.lr:
-                model = SmallViT(patch=args.patch, width=args.width, depth=args.depth, classes=10)
+                model = SmallViT(**sizes, classes=10)
                 model.load_state_dict(start, strict=False)
                 nn.init.zeros_(model.head.weight)
-                row[f"{task}_top1_lr{lr:g}"] = train(model, train_set, test_set, images_seen=images_seen, lr=lr, augment=augment, seed=args.seed)
+                budget = dict(images_seen=images_seen, lr=lr)
+                row[f"{task}_top1_lr{lr:g}"] = train(model, train_set, test_set, **budget, augment=augment, seed=args.seed)
         row["seconds"] = round(time.perf_counter() - began)
         print(json.dumps(row), flush=True)
         if args.out:

@@ -47,7 +47,9 @@ def test_another_process_makes_the_same_images():
     assert len(pickle.dumps(corpus)) < 10_000_000
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"split": "val"}, {"image_size": (32, 40)}, {"classes": 20}, {"examples": 4999}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"split": "val"}, {"image_size": (32, 40)}, {"classes": 20}, {"examples": 4999}]
+)
 def test_every_setting_changes_the_fingerprint(change):
     assert source(**change).fingerprint != source().fingerprint
     assert source().fingerprint == source().fingerprint
@@ -73,7 +75,7 @@ def test_labels_are_balanced_and_not_in_order(classes):
 
 def test_two_classes_do_not_alternate():
     labels = source(classes=2).label_of(np.arange(400))
-    assert 100 < (np.diff(labels) == 0).sum() < 300 or 50 < (np.diff(labels) == 0).sum()
+    assert 50 < (np.diff(labels) == 0).sum() < 150  # half of the 200 borders between blocks
 
 
 @pytest.mark.parametrize("image_size", [(16, 16), (32, 48), (48, 32), (224, 224), (17, 33)])

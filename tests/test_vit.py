@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from vitcli.config import ModelConfig
+from vitcli.config import VARIANTS, ModelConfig, parse_variant
 from vitcli.models import build_model
-from vitcli.models.vit import VARIANTS, VisionTransformer, parse_variant, sincos2d_positions
+from vitcli.models.vit import VisionTransformer, sincos2d_positions
 
 TINY: dict[str, Any] = {"image_size": (32, 32), "patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4}
 

@@ -34,7 +34,10 @@ VARIANTS = {
     "So400m": (1152, 27, 4304, 16),
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
     "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
 }
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -128,7 +131,7 @@ class OptimConfig(Section):
 
     name: Literal["adam", "adamw", "sgd"] = Field("adamw", description="the paper's Adam with decoupled decay is adamw here")
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
-    end_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate at the last step")
+    end_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate that the decay ends at")
     schedule: Literal["linear", "cosine", "rsqrt", "constant"] = Field("cosine", description="decay after the warm-up")
     warmup_steps: Count | None = Field(None, description="linear warm-up; null takes 5 % of the run, at most 10,000")
     beta1: Fraction = Field(0.9, description="Adam's first-moment decay")
@@ -188,7 +191,7 @@ def parse_variant(variant: str) -> dict[str, int]:
         ValueError: the name is not NAME/PATCH with a known NAME.
     """
     name, slash, patch = variant.partition("/")
-    if name not in VARIANTS or not slash or not patch.isdigit() or int(patch) < 1:
+    if name not in VARIANTS or not slash or not (patch.isascii() and patch.isdigit()) or int(patch) == 0:
         raise ValueError(f"{variant!r} is not a variant; expected NAME/PATCH such as B/16, with NAME one of {', '.join(VARIANTS)}")
     width, depth, mlp_dim, num_heads = VARIANTS[name]
     return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": int(patch)}

@@ -9,23 +9,26 @@ Pixels see only + - * / sqrt and rounding, which are exact everywhere, so no bat
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from vitcli.randomness import derive_seed, normal, permute, uniform
 
 __all__ = ["ShapesSource"]
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.float64]  # numbers that describe
+Singles = NDArray[np.float32]  # numbers that paint
 
 # One shape legend: B images, L things in each (back to front), H x W pixels.
 VERSION = 1  # of the images: raise it whenever a pixel changes, so that no result is taken for one on the new images
 MAX_CLASSES = 21_000  # ImageNet-21k's order of magnitude
 MIN_SIDE, MAX_SIDE = 16, 512  # px
-BEHIND, PARTS, BEFORE = 2, 4, 1  # clutter behind, the object's body and what sits on it, clutter before
+BEHIND, PARTS, BEFORE = 1, 4, 0  # clutter behind, the object's body and what sits on it, clutter before
 HARMONICS = 6  # of a contour
 LAYERS = BEHIND + PARTS + BEFORE
 PART_DRAWS = HARMONICS + 15  # uniform numbers that make one thing
@@ -53,14 +56,21 @@ class Things:
     angle: Floats  # (B, L)
 
 
+def muted(rgb: Floats) -> Floats:
+    """Bring colours (..., 3) closer to grey: most of what is photographed is dull, and differs more in light than in hue."""
+    grey = rgb.mean(-1, keepdims=True)
+    return 0.5 + 1.4 * (grey - 0.5) + 0.5 * (rgb - grey)
+
+
 def things_from(u: Floats) -> Things:
     """Make things of uniform numbers (B, L, PART_DRAWS) in [0, 1)."""
     u, contour = u[..., HARMONICS:], u[..., :HARMONICS]
     turn, bearing = 2 * np.pi * u[..., 0], 2 * np.pi * u[..., 1]
     frequency = 0.4 + 2.6 * u[..., 2] ** 2
     rings = u[..., 3] < 0.3  # as against stripes
-    waves = np.stack([np.where(rings, 0, frequency * np.cos(turn)), np.where(rings, 0, frequency * np.sin(turn)), rings * frequency], -1)
-    first, second = u[..., 4:7], u[..., 7:10]
+    stripes = np.where(rings, 0, frequency)
+    waves = np.stack([stripes * np.cos(turn), stripes * np.sin(turn), frequency - stripes], -1)
+    first, second = muted(u[..., 4:7]), muted(u[..., 7:10])
     distance, size, stretch = 0.35 + 0.65 * u[..., 10], 0.3 + 0.35 * u[..., 11], np.exp(0.9 * (u[..., 12] - 0.5))
     return Things(
         contour=(2 * contour - 1) * (0.55 / np.sqrt(np.arange(1, HARMONICS + 1))),  # smooth more often than jagged
@@ -81,19 +91,19 @@ def vary(things: Things, z: Floats, kept: NDArray[np.bool_]) -> Things:
     tint = z[..., 6:9]
     return replace(
         things,
-        contour=things.contour + 0.06 * z[..., 13:],
-        waves=things.waves * np.exp(0.15 * z[..., :1]),
+        contour=things.contour + 0.05 * z[..., 13:],
+        waves=things.waves * np.exp(0.1 * z[..., :1]),
         phase=things.phase + z[..., 1],
-        middle=things.middle + 0.08 * tint,
+        middle=things.middle + 0.05 * tint,
         swing=things.swing + 0.05 * z[..., 9:12],
-        centre=things.centre + 0.12 * z[..., 2:4] + 100.0 * ~kept[..., None],
-        axes=things.axes * np.exp(0.15 * z[..., 4:6]),
-        angle=things.angle + 0.25 * z[..., 12],
+        centre=things.centre + 0.08 * z[..., 2:4] + 100.0 * ~kept[..., None],
+        axes=things.axes * np.exp(0.12 * z[..., 4:6]),
+        angle=things.angle + 0.15 * z[..., 12],
     )
 
 
 def place(things: Things, centre: Floats, scale: Floats, angle: Floats, flip: Floats) -> Things:
-    """Move things (B, L) from their object's frame to the image's: the object's centre (B, 2), scale, angle, flip of +-1 (B,)."""
+    """Move things (B, L) from their object's frame to the image's, given its centre (B, 2), scale, angle, and flip +-1 (B,)."""
     x, y = flip[:, None] * things.centre[..., 0], things.centre[..., 1]
     c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
     moved = np.stack([c * x - s * y, s * x + c * y], -1)
@@ -105,32 +115,52 @@ def place(things: Things, centre: Floats, scale: Floats, angle: Floats, flip: Fl
     )
 
 
+class Scenes(NamedTuple):
+    """The numbers B images are painted from; every field ends in B."""
+
+    middle: Singles  # (3, B): of the background, as of things
+    swing: Singles  # (3, B)
+    slope: Singles  # (2, B): how the background changes along x and y
+    grain: Singles  # (1, B): amplitude of the pixel noise, in [0, 1]
+    corners: NDArray[np.int64]  # (4, B): row and column of the crops of fractal noise for the background and for textures
+    starts: NDArray[np.int64]  # (1, B): of the pixel noise in its bank
+    layers: Singles  # (LAYERS, n, B): see `pack`
+
+    def part(self, images: slice) -> "Scenes":
+        return Scenes._make(field[..., images] for field in self)
+
+
 def pack(things: Things, light: Floats, pixels: float) -> Floats:
-    """Return what `paint` needs of things (B, L), as (B, L, n): `light` (B, 1, 3) is added, `pixels` is the length of a unit."""
+    """Return what `paint` needs of things (B, L), as (B, L, n): `light` (B, 1, 3) is added, `pixels` is the length of a unit.
+
+    In a thing's own frame, where its ends lie at 1, a pixel (x, y) is at u = u_x x + u_y y + u_0, and v alike; the cycles of
+    its texture are affine in (x, y) too, but for rings and marbling. Each affine map is a row's part plus a column's part.
+    """
     x, y = things.centre[..., 0], things.centre[..., 1]
     c, s = np.cos(things.angle), np.sin(things.angle)
     a, b = things.axes[..., 0], things.axes[..., 1]
-    rows = np.stack([c / a, -s / b, s / a, c / b, -(c * x + s * y) / a, (s * x - c * y) / b], -1)
-    u_x, v_x, u_y, v_y, u_0, v_0 = np.moveaxis(rows, -1, 0)
+    u_x, u_y, u_0 = c / a, s / a, -(c * x + s * y) / a
+    v_x, v_y, v_0 = -s / b, c / b, (s * x - c * y) / b
     along, across, outward = np.moveaxis(things.waves, -1, 0)
-    frame = [u_x, v_x, along * u_x + across * v_x, u_y, v_y, along * u_y + across * v_y]
-    frame += [u_0, v_0, along * u_0 + across * v_0 + things.phase]
-    look = [np.sqrt(np.abs(a * b)) * pixels, outward, things.warp, things.contrast]
+    turns_x, turns_y = along * u_x + across * v_x, along * u_y + across * v_y
+    turns_0 = along * u_0 + across * v_0 + things.phase
+    sharpness = np.sqrt(np.abs(a * b)) * pixels  # an edge is about one pixel wide
+    frame = [u_x, v_x, turns_x, u_y, v_y, turns_y, u_0, v_0, turns_0]
+    look = [sharpness, sharpness + 0.5, outward, things.warp, 8 * things.contrast, -16 * things.contrast]
     return np.concatenate([np.stack(frame + look, -1), things.contour, things.middle + light, things.swing], -1)
 
 
-def fractal_noise(side: int, seed: int) -> Floats:
-    """Make a periodic (side, side) plane of value noise: octaves of bilinear lattices, each half as strong, within about [-1, 1]."""
+def fractal_noise(side: int, seed: int) -> Singles:
+    """Make a periodic plane (side, side) in [-1, 1], side a power of 2: octaves of bilinear lattices, coarse ones most."""
     plane = np.zeros((side, side))
-    cells = 2
-    while cells <= side // 2:
+    for octave in range(1, side.bit_length() - 1):
+        cells = 2**octave
         lattice = uniform(derive_seed(seed, cells), np.arange(cells), cells) * 2 - 1
         at = np.arange(side) * cells / side
         low = at.astype(int)
         high, part = (low + 1) % cells, at - low
         rows = lattice[low] * (1 - part)[:, None] + lattice[high] * part[:, None]
         plane += (rows[:, low] * (1 - part) + rows[:, high] * part) / np.sqrt(cells)
-        cells *= 2
     return (plane / np.abs(plane).max()).astype(np.float32)
 
 
@@ -161,26 +191,27 @@ class ShapesSource:
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, got {split!r}")
         self.height, self.width = image_size
-        self.num_classes, self.examples, self.split = classes, examples, split
-        self.classes = [f"shape_{k:05d}" for k in range(classes)]
-        identity = ("shapes", VERSION, seed)
+        self.num_classes, self.examples = classes, examples
         self.name = "shapes"
-        text = repr((*identity, classes, examples, self.height, self.width, split))
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.class_seed = derive_seed(*identity, "classes")
-        self.label_seed = derive_seed(*identity, split, "labels")
-        self.scene_seed, self.thing_seed, self.jitter_seed = (derive_seed(*identity, split, n) for n in ("scene", "thing", "jitter"))
-        short = min(self.height, self.width)
-        self.line_x = ((np.arange(self.width) + 0.5 - self.width / 2) * (2 / short)).astype(np.float32)
-        self.line_y = ((np.arange(self.height) + 0.5 - self.height / 2) * (2 / short)).astype(np.float32)
-        self.x, self.y = torch.from_numpy(self.line_x).view(1, 1, -1), torch.from_numpy(self.line_y).view(1, -1, 1)
-        self.pixels = short / 2  # per unit of length
-        # A crop as large as the image is a part of the plane's period, at most a quarter of it, so that crops differ.
-        self.period = 1 << max(8, (4 * max(image_size) - 1).bit_length())
-        plane = fractal_noise(self.period, derive_seed(*identity, "fractal")) * 2
+        self.classes = [f"shape_{k:05d}" for k in range(classes)]
+        self.fingerprint = hashlib.sha256(repr((VERSION, seed, split, classes, examples, image_size)).encode()).hexdigest()[:16]
+
+        self.class_seed = derive_seed("shapes", VERSION, seed, "classes")
+        self.order_seed, self.offset_seed, self.name_seed, self.scene_seed, self.clutter_seed, self.jitter_seed = (
+            derive_seed("shapes", VERSION, seed, split, use)
+            for use in ("order", "offset", "name", "scene", "clutter", "jitter")
+        )
+
+        self.pixels = min(image_size) / 2  # per unit of length: the short side runs from -1 to 1
+        self.reach = np.array([self.width, self.height]) / (2 * self.pixels)  # (x, y) of the image's far corner
+        down, across = (((np.arange(n) + 0.5 - n / 2) / self.pixels).astype(np.float32) for n in image_size)
+        self.x, self.y = torch.from_numpy(across).view(1, 1, -1), torch.from_numpy(down).view(1, -1, 1)  # pixel centres
+
+        self.period = 1 << max(8, (4 * max(image_size) - 1).bit_length())  # four images wide or more, so that crops differ
+        plane = 2 * fractal_noise(self.period, derive_seed("shapes", VERSION, seed, "fractal"))
         self.fractal = np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap")
-        grain = normal(derive_seed(*identity, "grain"), np.arange(NOISE_BANK // 64), 64).astype(np.float32).ravel()
-        self.grain = np.pad(grain, (0, 3 * self.height * self.width), mode="wrap")
+        grain = normal(derive_seed("shapes", VERSION, seed, "grain"), np.arange(NOISE_BANK // 64), 64).astype(np.float32)
+        self.grain = np.pad(grain.ravel(), (0, 3 * self.height * self.width), mode="wrap")
 
     def __len__(self) -> int:
         return self.examples
@@ -191,12 +222,11 @@ class ShapesSource:
         return images[0], int(labels[0])
 
     def label_of(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """Return the labels, int64 (B,), of examples (B,): each block of `classes` examples shows every class once, shuffled."""
-        i = np.asarray(indices, dtype=np.int64)
-        block, position = np.divmod(i, self.num_classes)
-        offset = (uniform(self.label_seed, block, 1)[:, 0] * self.num_classes).astype(np.int64)
-        shuffled = permute(position, self.num_classes, self.label_seed)
-        return permute((shuffled + offset) % self.num_classes, self.num_classes, self.label_seed + 1)
+        """Return the labels, int64 (B,), of examples (B,): each block of `classes` examples shows every class once."""
+        K = self.num_classes
+        block, position = np.divmod(np.asarray(indices, dtype=np.int64), K)
+        offset = (uniform(self.offset_seed, block, 1)[:, 0] * K).astype(np.int64)  # so that no two blocks are in one order
+        return permute((permute(position, K, self.order_seed) + offset) % K, K, self.name_seed)
 
     def batch(self, indices: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Return images, uint8 (B, H, W, 3), and labels, int64 (B,), of examples (B,) in [0, len).
@@ -211,88 +241,94 @@ class ShapesSource:
         images = np.empty((len(i), self.height, self.width, 3), dtype=np.uint8)
         count = max(1, CHUNK_PIXELS // (self.height * self.width))
         for first in range(0, len(i), SCENES_AT_ONCE):
-            scenes = slice(first, first + SCENES_AT_ONCE)
-            backdrop, layers = self.scenes(i[scenes], labels[scenes])
-            painted = images[scenes]
+            chosen = slice(first, first + SCENES_AT_ONCE)
+            all_scenes, painted = self.scenes(i[chosen], labels[chosen]), images[chosen]
             for start in range(0, len(painted), count):
                 part = slice(start, start + count)
-                painted[part] = self.paint(backdrop[:, part], layers[:, :, part])
+                painted[part] = self.paint(all_scenes.part(part))
         return images, labels
 
-    def scenes(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Return the numbers that examples (B,) are painted from: backdrops (n, B) and layers, back to front, (LAYERS, n, B)."""
+    def scenes(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> Scenes:
+        """Return the numbers that examples (B,) with these labels are painted from."""
         B = len(i)
         u = uniform(self.scene_seed, i, SCENE_DRAWS)
-        reach = np.array([self.line_x[-1], self.line_y[-1]])  # half the image
 
         design = uniform(self.class_seed, labels, PARTS * PART_DRAWS + 6)
         parts = things_from(design[:, 6:].reshape(B, PARTS, PART_DRAWS))
         parts.centre[:, 0] = 0  # the body is what the other parts sit on
         parts.axes[:, 0] *= 1.6
-        kept = np.concatenate([np.ones((B, 1), bool), u[:, : PARTS - 1] > 0.15], 1)
+        kept = np.concatenate([np.ones((B, 1), bool), u[:, : PARTS - 1] > 0.1], 1)
         parts = vary(parts, normal(self.jitter_seed, i, PARTS * JITTER_DRAWS).reshape(B, PARTS, JITTER_DRAWS), kept)
         parts = place(
             parts,
-            centre=(2 * u[:, 4:6] - 1) * 0.4 * reach,
-            scale=np.exp(0.9 * (u[:, 6] - 0.55)),
-            angle=0.7 * (u[:, 7:10].sum(1) - 1.5),
+            centre=(2 * u[:, 4:6] - 1) * 0.25 * self.reach,
+            scale=np.exp(0.6 * (u[:, 6] - 0.4)),
+            angle=0.4 * (u[:, 7:10].sum(1) - 1.5),
             flip=np.where(u[:, 10] < 0.5, -1.0, 1.0),
         )
-        clutter = things_from(uniform(self.thing_seed, i, (BEHIND + BEFORE) * PART_DRAWS).reshape(B, -1, PART_DRAWS))
-        clutter = replace(clutter, centre=(2 * u[:, 11:17].reshape(B, -1, 2) - 1) * 1.1 * reach)
-        light = 0.25 * (u[:, None, 17:20] - 0.5)
+        clutter = things_from(uniform(self.clutter_seed, i, (BEHIND + BEFORE) * PART_DRAWS).reshape(B, -1, PART_DRAWS))
+        clutter = replace(clutter, centre=(2 * u[:, 11 : 11 + 2 * (BEHIND + BEFORE)].reshape(B, -1, 2) - 1) * 1.1 * self.reach)
+        light = 0.2 * (u[:, None, 17:20] - 0.5)
         around, thing = pack(clutter, light, self.pixels), pack(parts, light, self.pixels)
         layers = np.concatenate([around[:, :BEHIND], thing, around[:, BEHIND:]], 1)
 
-        colours = 0.5 * design[:, :6] + 0.5 * u[:, 20:26]
-        first, second = colours[:, :3], colours[:, 3:]
-        backdrop = np.concatenate([(first + second) / 2, (first - second) / 2, u[:, 26:28] - 0.5, 0.08 * u[:, 28:29] ** 2, u[:, 29:34]], 1)
-        return np.ascontiguousarray(backdrop.T, np.float32), np.ascontiguousarray(layers.transpose(1, 2, 0), np.float32)
+        colours = 0.6 * design[:, :6] + 0.4 * u[:, 20:26]
+        first, second = muted(colours[:, :3]), muted(colours[:, 3:])
+        return Scenes(
+            middle=((first + second).T / 2).astype(np.float32),
+            swing=((first - second).T / 2).astype(np.float32),
+            slope=(u[:, 26:28].T - 0.5).astype(np.float32),
+            grain=(0.08 * u[:, 28:29].T ** 2).astype(np.float32),
+            corners=(u[:, 29:33].T * self.period).astype(np.int64),
+            starts=(u[:, 33:34].T * NOISE_BANK).astype(np.int64),
+            layers=np.ascontiguousarray(layers.transpose(1, 2, 0), np.float32),
+        )
 
-    def paint(self, backdrop: Floats, layers: Floats) -> NDArray[np.uint8]:
-        """Paint images, uint8 (B, H, W, 3), from what `scenes` returned."""
-        B, H, W = backdrop.shape[1], self.height, self.width
-        corner = (backdrop[9:13] * self.period).astype(np.int64)
-        crops = sliding_window_view(self.fractal, (H, W))
-        veil, marble = (torch.from_numpy(crops[corner[k], corner[k + 1]]) for k in (0, 2))  # (B, H, W)
-        runs = sliding_window_view(self.grain, 3 * H * W)
-        grain = torch.from_numpy(runs[(backdrop[13] * NOISE_BANK).astype(np.int64)]).view(B, 3, H, W)
+    def paint(self, scenes: Scenes) -> NDArray[np.uint8]:
+        """Paint images, uint8 (B, H, W, 3), back to front."""
+        B, H, W = scenes.grain.shape[-1], self.height, self.width
 
-        channels = torch.from_numpy(backdrop[:9]).view(9, B, 1, 1).unbind()
-        veil += (channels[6] * self.x + channels[7] * self.y)
-        image = [veil * channels[3 + k] + channels[k] for k in range(3)]  # 3 of (B, H, W)
+        def per_image(numbers: Singles) -> tuple[Tensor, ...]:
+            """Turn (n, B) into n tensors (B, 1, 1)."""
+            return torch.from_numpy(numbers).view(-1, B, 1, 1).unbind()
 
-        things = torch.from_numpy(layers).view(LAYERS, -1, B, 1, 1)
-        u_row, v_row, turns_row = (things[:, k : k + 1] * self.x + things[:, k + 6 : k + 7] for k in (0, 1, 2))  # (L, 1, B, 1, W)
-        u_column, v_column, turns_column = (things[:, k : k + 1] * self.y for k in (3, 4, 5))  # (L, 1, B, H, 1)
-        for layer in range(LAYERS):
-            sharpness, outward, warp, contrast, *rest = things[layer, 9:].unbind()  # (B, 1, 1) each
-            contour, middle, swing = rest[:HARMONICS], rest[HARMONICS : HARMONICS + 3], rest[HARMONICS + 3 :]
-            u, v, turns = u_row[layer, 0] + u_column[layer, 0], v_row[layer, 0] + v_column[layer, 0], turns_row[layer, 0] + turns_column[layer, 0]
+        crops, corners = sliding_window_view(self.fractal, (H, W)), scenes.corners
+        veil, marble = (torch.from_numpy(crops[corners[k], corners[k + 1]]) for k in (0, 2))  # (B, H, W)
+        middle, swing, slope = per_image(scenes.middle), per_image(scenes.swing), per_image(scenes.slope)
+        veil.add_(slope[0] * self.x + slope[1] * self.y)
+        image = [(veil * swing[k]).add_(middle[k]) for k in range(3)]  # red, green, blue: (B, H, W) each
+
+        layers = torch.from_numpy(scenes.layers).view(LAYERS, -1, B, 1, 1)
+        across = (layers[:, 0:3] * self.x + layers[:, 6:9]).unbind()  # u, v, turns by column: LAYERS times (3, B, 1, W)
+        down = (layers[:, 3:6] * self.y).unbind()  # and by row: (3, B, H, 1)
+        for n in range(LAYERS):
+            sharpness, threshold, outward, warp, eight, sixteen, *rest = per_image(scenes.layers[n, 9:])
+            contour, colours = rest[:HARMONICS], rest[HARMONICS:]
+            u, v, turns = (c + r for c, r in zip(across[n].unbind(), down[n].unbind()))
             square = v.mul_(v).add_(u * u)
             radius = torch.from_numpy(np.sqrt(square.numpy()))  # PyTorch's would start threads
-            # Clenshaw's recurrence for sum_k contour[k] cos((k + 1) t) + 1, with u / radius = cos t.
+            # Clenshaw's recurrence for sum_k contour[k] cos((k + 1) t), with u / radius = cos t.
             cosine = u.div_(radius + 1e-6)
             double = cosine + cosine
             newer, older = double * contour[-1] + contour[-2], contour[-1]
             for k in range(HARMONICS - 3, -1, -1):
                 newer, older = (double * newer).sub_(older).add_(contour[k]), newer
-            edge = cosine.mul_(newer).sub_(older).add_(1)
-            mask = edge.sub_(radius).mul_(sharpness).add_(0.5).clamp_(0, 1)
+            mask = cosine.mul_(newer).sub_(older).sub_(radius).mul_(sharpness).add_(threshold).clamp_(0, 1)
 
             turns.add_(radius.mul_(outward))
             turns.add_(marble * warp)
             turns.sub_((turns + ROUNDER).sub_(ROUNDER))  # to the nearest whole turn
-            # 8 t - 16 t |t| is within 0.06 of sin(2 pi t), and exact arithmetic.
-            texture = turns.mul_(turns.abs().mul_(-16).add_(8)).mul_(contrast).clamp_(-1, 1)
+            # t (8 - 16 |t|) is within 0.06 of sin(2 pi t), for exact arithmetic and fewer cycles.
+            texture = turns.mul_(turns.abs().mul_(sixteen).add_(eight)).clamp_(-1, 1)
             shade = square.mul_(-0.25).add_(1.1)  # darker outwards, as round things lit from the front
-            for channel in range(3):
-                colour = (texture * swing[channel]).add_(middle[channel]).mul_(shade)
-                image[channel].add_(colour.sub_(image[channel]).mul_(mask))
+            for k in range(3):
+                colour = (texture * colours[3 + k]).add_(colours[k]).mul_(shade)
+                image[k].add_(colour.sub_(image[k]).mul_(mask))
 
-        noise = channels[8] * 255
+        runs = sliding_window_view(self.grain, 3 * H * W)
+        grain = torch.from_numpy(runs[scenes.starts[0]]).view(B, 3, H, W)
+        amplitude = per_image(255 * scenes.grain)[0]
         pixels = torch.empty(B, H, W, 3, dtype=torch.uint8)
-        for channel in range(3):
-            image[channel].mul_(255).add_(grain[:, channel].mul(noise)).add_(0.5).clamp_(0, 255)
-            pixels[..., channel] = image[channel]
+        for k in range(3):
+            pixels[..., k] = image[k].mul_(255).add_(grain[:, k].mul_(amplitude)).add_(0.5).clamp_(0, 255)
         return pixels.numpy()

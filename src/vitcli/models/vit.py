@@ -15,40 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VARIANTS", "VisionTransformer", "parse_variant", "sincos2d_positions"]
-
-# name: (width, depth, mlp_dim, num_heads). Ti to G and So400m: big_vision's models/vit.py; mu: its test model.
-VARIANTS: dict[str, tuple[int, int, int, int]] = {
-    "mu": (32, 1, 128, 2),
-    "Ti": (192, 12, 768, 3),
-    "S": (384, 12, 1536, 6),
-    "M": (512, 12, 2048, 8),
-    "B": (768, 12, 3072, 12),
-    "L": (1024, 24, 4096, 16),
-    "So400m": (1152, 27, 4304, 16),
-    "H": (1280, 32, 5120, 16),
-    "g": (1408, 40, 6144, 16),
-    "g-opt": (1536, 40, 6144, 16),
-    "G": (1664, 48, 8192, 16),
-    "G-opt": (1536, 48, 8192, 16),
-    "e": (1792, 56, 15360, 16),
-}
+__all__ = ["VisionTransformer", "sincos2d_positions"]
 
 # Standard deviation of a unit normal cut off at 2; flax's lecun_normal divides by it to end at variance 1/fan_in.
 TRUNCATED_NORMAL_STD = 0.87962566103423978
-
-
-def parse_variant(name: str) -> dict[str, int]:
-    """Return width, depth, mlp_dim, num_heads and patch_size of a name such as "B/16".
-
-    Raises:
-        ValueError: the size is not in `VARIANTS`, or what follows the slash is not a positive whole number.
-    """
-    size, slash, patch = name.partition("/")
-    if size not in VARIANTS or not slash or not (patch.isascii() and patch.isdigit()) or int(patch) == 0:
-        raise ValueError(f"{name!r} is not a variant; expected SIZE/PATCH, such as B/16; sizes: {', '.join(VARIANTS)}")
-    width, depth, mlp_dim, num_heads = VARIANTS[size]
-    return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": int(patch)}
 
 
 def sincos2d_positions(*, grid_size: tuple[int, int], width: int, temperature: float = 10_000.0) -> Tensor:

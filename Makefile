@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUNS   ?= runs
 # More words for every `pip install`; for torch's CPU build on a machine without a GPU (smaller by gigabytes):
-#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   make demo PIP_ARGS="--extra-index-url URL" with the index of torch's CPU builds
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 

@@ -1,4 +1,4 @@
-"""The whole pipeline in one go: pretrain on the embedded corpus, transfer to real digits, compare with the same model from scratch.
+"""The whole pipeline in one go: pretrain on the embedded corpus, transfer to real digits, compare with scratch.
 
     python scripts/demo.py            (what `make demo` runs; about 10 minutes on 2 CPU cores)
 

@@ -16,7 +16,9 @@ train: {steps: 4, batch_size: 8}
 
 
 def vit(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vitcli", *words], capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "vitcli", *words], capture_output=True, text=True, cwd=cwd, check=False, timeout=120
+    )
 
 
 def fails_with(result: subprocess.CompletedProcess[str], *said: str) -> None:
@@ -88,14 +90,25 @@ def test_eval_counts_every_image_once_and_prints_json(trained: Path) -> None:
 
 def test_a_weights_file_and_a_checkpoint_directory_evaluate_as_the_run_does(trained: Path) -> None:
     step = "runs/tiny/checkpoints/step_00000004"
-    results = [json.loads(vit("eval", "--ckpt", p, "--json", cwd=trained).stdout) for p in ("runs/tiny", step, f"{step}/model.safetensors")]
+    results = [
+        json.loads(vit("eval", "--ckpt", p, "--json", cwd=trained).stdout)
+        for p in ("runs/tiny", step, f"{step}/model.safetensors")
+    ]
     assert len({(r["top1"], round(r["loss"], 9)) for r in results}) == 1
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(trained: Path) -> None:
     result = vit("pretrain", "--config", "tiny.yaml", "--out", "runs/planned", "--dry-run", cwd=trained)
     assert result.returncode == 0, result.stderr
-    for word in ("parameters", "FLOPs", "epochs", "lr ", "memory", "60 training and 30 evaluation images", "start       scratch"):
+    for word in (
+        "parameters",
+        "FLOPs",
+        "epochs",
+        "lr ",
+        "memory",
+        "60 training and 30 evaluation images",
+        "start       scratch",
+    ):
         assert word in result.stdout
     assert not (trained / "runs" / "planned").exists()
 
@@ -113,13 +126,27 @@ def test_finetune_on_a_folder_at_a_higher_non_square_resolution(trained: Path) -
     assert "new: head" in result.stdout
     evaluation = json.loads(vit("eval", "--ckpt", "runs/tiny-photos", "--json", cwd=trained).stdout)
     assert [row["class"] for row in evaluation["per_class"]] == ["dark", "light"]
-    fails_with(vit("eval", "--ckpt", "runs/tiny", "--dataset", "folder:photos", cwd=trained), "folder:photos", "fine-tune it on this first")
+    fails_with(
+        vit("eval", "--ckpt", "runs/tiny", "--dataset", "folder:photos", cwd=trained),
+        "folder:photos",
+        "fine-tune it on this first",
+    )
 
 
 def test_the_linear_probe_leaves_the_backbone_alone(trained: Path) -> None:
     from vitcli.checkpoint import load_weights_file
 
-    words = ("finetune", "--ckpt", "runs/tiny", "--dataset", "digits", "train.steps=3", "train.freeze_backbone=true", "--out", "runs/probe")
+    words = (
+        "finetune",
+        "--ckpt",
+        "runs/tiny",
+        "--dataset",
+        "digits",
+        "train.steps=3",
+        "train.freeze_backbone=true",
+        "--out",
+        "runs/probe",
+    )
     result = vit(*words, cwd=trained)
     assert result.returncode == 0, result.stderr
     before, after = load_weights_file(trained / "runs" / "tiny").state, load_weights_file(trained / "runs" / "probe").state
@@ -138,14 +165,20 @@ def test_preview_writes_a_contact_sheet(trained: Path) -> None:
     ("words", "said"),
     [
         (["pretrain", "--config", "nowhere.yaml"], ["nowhere.yaml: there is no such config file"]),
-        (["pretrain", "--config", "tiny.yaml", "--out", "runs/x", "optim.lrr=1"], ["optim.lrr is not a setting; did you mean optim.lr?"]),
+        (
+            ["pretrain", "--config", "tiny.yaml", "--out", "runs/x", "optim.lrr=1"],
+            ["optim.lrr is not a setting; did you mean optim.lr?"],
+        ),
         (["pretrain", "--config", "tiny.yaml", "--out", "runs/x", "data.source=cifar11"], ["cifar11"]),
         (["pretrain", "--config", "tiny.yaml", "--out", "runs/x", "data.source=folder:nowhere"], ["nowhere"]),
         (["pretrain", "--config", "tiny.yaml", "--out", "runs/x", "train.device=cuda"], ["torch sees no GPU"]),
         (["finetune", "--ckpt", "nowhere", "--dataset", "digits"], ["nowhere"]),
         (["finetune", "--ckpt", "tiny.yaml", "--dataset", "digits"], ["tiny.yaml"]),
         (["finetune", "--ckpt", "runs/tiny", "--dataset", "digits", "model.width=64"], ["model.width is 64", "has 32"]),
-        (["finetune", "--ckpt", "runs/tiny", "--dataset", "digits", "data.source=mnist"], ["data.source is mnist, but --dataset is digits"]),
+        (
+            ["finetune", "--ckpt", "runs/tiny", "--dataset", "digits", "data.source=mnist"],
+            ["data.source is mnist, but --dataset is digits"],
+        ),
         (["eval", "--ckpt", "runs/tiny", "--dataset", "digits"], ["digits", "fine-tune it on this first"]),
         (["data", "preview", "folder:nowhere"], ["nowhere"]),
     ],
@@ -167,5 +200,7 @@ def test_debug_shows_the_traceback(trained: Path) -> None:
 def test_a_directory_with_other_files_is_not_written_to(trained: Path) -> None:
     (trained / "runs" / "mine").mkdir()
     (trained / "runs" / "mine" / "thesis.tex").write_text("precious")
-    fails_with(vit("pretrain", "--config", "tiny.yaml", "--out", "runs/mine", cwd=trained), "holds files but no run (thesis.tex")
+    fails_with(
+        vit("pretrain", "--config", "tiny.yaml", "--out", "runs/mine", cwd=trained), "holds files but no run (thesis.tex"
+    )
     assert [p.name for p in (trained / "runs" / "mine").iterdir()] == ["thesis.tex"]

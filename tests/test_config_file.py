@@ -75,7 +75,10 @@ def test_a_bad_override_gets_one_line(good: Path, override: str, said: str) -> N
     ("text", "said"),
     [
         (GOOD + "  epochs: 3\n", ":10: train.epochs train.steps and train.epochs are both given; give exactly one"),
-        (GOOD.replace("  steps: 100", "  batch_size: 8"), ": train says nothing; give exactly one of steps, epochs and examples"),
+        (
+            GOOD.replace("  steps: 100", "  batch_size: 8"),
+            ": train says nothing; give exactly one of steps, epochs and examples",
+        ),
         (GOOD + "optim: {lr: 1}\n", ":10: optim is given twice, first at line 5"),
         (GOOD.replace("  source: shapes\n", ""), ": data.source is missing"),
         ("- a\n", ":1: expected settings as `key: value`, found a sequence"),
@@ -109,7 +112,10 @@ def test_overrides_beat_the_file_and_the_file_beats_the_recipe(good: Path) -> No
     config, _ = read_config(good, ["optim.weight_decay=0.2"], base=base)
     assert (config.optim.lr, config.optim.momentum, config.optim.weight_decay) == (3e-4, 0.5, 0.2)
     assert config.optim.warmup_steps is None, "a recipe's warm-up must not outlive the recipe's length"
-    assert read_config(None, [], base={**base, **load_config(good).model_dump(include={"model", "data"})})[0].optim.warmup_steps == 7
+    assert (
+        read_config(None, [], base={**base, **load_config(good).model_dump(include={"model", "data"})})[0].optim.warmup_steps
+        == 7
+    )
 
 
 def test_one_number_is_a_square_and_two_are_height_and_width(good: Path) -> None:

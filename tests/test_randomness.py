@@ -8,7 +8,14 @@ from vitcli.randomness import derive_seed, normal, permute, uniform
 
 
 def test_seeds_depend_on_every_part_its_type_and_order() -> None:
-    seeds = {derive_seed(0, "a"), derive_seed("a", 0), derive_seed(0, "b"), derive_seed(1, "a"), derive_seed("0", "a"), derive_seed(0)}
+    seeds = {
+        derive_seed(0, "a"),
+        derive_seed("a", 0),
+        derive_seed(0, "b"),
+        derive_seed(1, "a"),
+        derive_seed("0", "a"),
+        derive_seed(0),
+    }
     assert len(seeds) == 6
     assert all(0 <= seed < 2**63 for seed in seeds)
 

@@ -58,7 +58,10 @@ def tensors(out: Path) -> dict[str, bytes]:
 
 def rows(out: Path) -> list[dict[str, object]]:
     timed = ("images_per_second", "seconds")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timed}
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -349,7 +349,7 @@ def idx(values: NDArray[np.uint8]) -> bytes:
     return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
 
 
-@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
 def test_mnist_is_downloaded_and_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, Path], name: str, folder: str
 ) -> None:

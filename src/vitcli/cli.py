@@ -1,4 +1,4 @@
-"""The command line: each command turns its words into one call. Heavy imports wait inside the commands, so `--help` is quick."""
+"""The command line: each command turns its words into one call; heavy imports wait inside the commands."""
 
 import json
 import sys
@@ -23,12 +23,16 @@ data_app = typer.Typer(help="Look at the data before training on it.", no_args_i
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]", help="settings on top of the file, such as optim.lr=3e-4", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]", help="settings on top of the file, such as optim.lr=3e-4", show_default=False),
 ]
 Ckpt = Annotated[Path, typer.Option("--ckpt", help="run directory, checkpoint directory or weights file", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", help="run directory; default runs/ and a name made of the inputs", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="run directory; default runs/ and a name made of the inputs", show_default=False)
+]
 DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", help="where data sets are looked for; else $VIT_DATA, else ~/.cache/vit", show_default=False)
+    Path | None,
+    typer.Option("--data-root", help="where data sets are looked for; else $VIT_DATA, else ~/.cache/vit", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved plan and stop")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
@@ -42,7 +46,9 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version and stop")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version and stop")
+    ] = False,
 ) -> None:
     """Pretrain, fine-tune and evaluate Vision Transformers."""
 
@@ -76,8 +82,12 @@ def finetune(
     ckpt: Ckpt,
     dataset: Annotated[str, typer.Option("--dataset", help="data set by name, or folder:PATH", show_default=False)],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML config; default a recipe for the data set", show_default=False)] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="same model and recipe, but random weights, to compare")] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML config; default a recipe for the data set", show_default=False)
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="same model and recipe, but random weights, to compare")
+    ] = False,
     out: Out = None,
     data_root: DataRoot = None,
     dry_run: DryRun = False,
@@ -96,7 +106,9 @@ def finetune(
 @app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")
 def evaluate(
     ckpt: Ckpt,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="default: the data set it was trained on", show_default=False)] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="default: the data set it was trained on", show_default=False)
+    ] = None,
     data_root: DataRoot = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="images at a time; changes no result")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
@@ -124,8 +136,12 @@ def percent(share: float | None) -> str:
 def preview(
     source: Annotated[str, typer.Argument(help="data set by name, or folder:PATH", show_default=False)],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option("--config", help="take data and augmentation settings from this file", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="PNG to write; default preview-SOURCE.png", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="take data and augmentation settings from this file", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="PNG to write; default preview-SOURCE.png", show_default=False)
+    ] = None,
     augmented: Annotated[bool, typer.Option("--augmented", help="show images as training sees them")] = False,
     rows: Annotated[int, typer.Option("--rows", min=1, help="classes shown, a row each")] = 8,
     columns: Annotated[int, typer.Option("--columns", min=1, help="images of each class")] = 8,

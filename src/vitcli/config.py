@@ -97,27 +97,37 @@ class ShapesConfig(Section):
 class DataConfig(Section):
     """Where examples come from and how large they are shown to the model."""
 
-    source: str = Field(description="shapes, digits, cifar10, cifar100, mnist, fashion-mnist, flowers102, pets, imagenet or folder:PATH")
+    source: str = Field(
+        description="shapes, digits, cifar10, cifar100, mnist, fashion-mnist, flowers102, pets, imagenet or folder:PATH"
+    )
     image_size: ImageSize = Field(description="height and width shown to the model, px; one number for a square")
     shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of the source `shapes`")
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="held out where a folder has no val or test split")
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="held out where a folder has no val or test split"
+    )
     mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="subtracted from pixels in [0, 1]")
     std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="then divided by; .5/.5 gives [-1, 1] as the paper")
     eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="central share kept at evaluation, aspect ratio kept; null resizes the whole image as the reference does"
+        None,
+        description="central share kept at evaluation, aspect ratio kept; null resizes the whole image as the reference does",
     )
     root: Path | None = machine(None, "data root; else $VIT_DATA, else ~/.cache/vit")
     workers: Count | None = machine(None, "loader processes; null chooses by source and machine")
-    memory_cache_gib: Annotated[float, Field(ge=0)] = machine(4.0, "decode a set once and keep it if it is smaller than this, GiB")
+    memory_cache_gib: Annotated[float, Field(ge=0)] = machine(
+        4.0, "decode a set once and keep it if it is smaller than this, GiB"
+    )
 
 
 class AugmentConfig(Section):
     """Training-time augmentation."""
 
     crop: Literal["inception", "pad", "random", "resize"] = Field(
-        "inception", description="random area and aspect; pad then random crop; resize short side x 8/7 then random crop; plain resize"
+        "inception",
+        description="random area and aspect; pad then random crop; resize short side x 8/7 then random crop; plain resize",
     )
-    min_area: Annotated[float, Field(gt=0, le=1)] = Field(0.05, description="smallest share of the image an inception crop keeps")
+    min_area: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.05, description="smallest share of the image an inception crop keeps"
+    )
     pad: Count = Field(4, description="px added on each side by crop: pad, at a 32 px image; scaled with the image")
     flip: bool = Field(True, description="mirror half of the images")
     randaugment_layers: Count = Field(0, description="RandAugment operations per image; 0 turns it off")
@@ -138,7 +148,9 @@ class OptimConfig(Section):
     beta2: Fraction = Field(0.999, description="Adam's second-moment decay")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
     momentum: Fraction = Field(0.9, description="of SGD")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="on kernels only; torch's convention, multiplied by lr")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="on kernels only; torch's convention, multiplied by lr"
+    )
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null for none")
 
 
@@ -149,13 +161,19 @@ class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in passes over the training split")
     examples: PositiveInt | None = Field(None, description="length in images seen")
     batch_size: PositiveInt = Field(256, description="images per step, over all devices")
-    micro_batch_size: PositiveInt | None = Field(None, description="images a device holds at a time; gradients accumulate over the rest")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="images a device holds at a time; gradients accumulate over the rest"
+    )
     loss: Literal["softmax", "sigmoid"] = Field("softmax", description="cross-entropy over classes, or one per class")
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="evaluate averaged weights; 0.9999 in the paper")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="evaluate averaged weights; 0.9999 in the paper"
+    )
     freeze_backbone: bool = Field(False, description="train the head alone (linear probe)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
-    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto takes bf16 where it is faster on this device")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="auto takes bf16 where it is faster on this device"
+    )
     compile: bool = Field(False, description="torch.compile the model")
 
 
@@ -192,7 +210,9 @@ def parse_variant(variant: str) -> dict[str, int]:
     """
     name, slash, patch = variant.partition("/")
     if name not in VARIANTS or not slash or not (patch.isascii() and patch.isdigit()) or int(patch) == 0:
-        raise ValueError(f"{variant!r} is not a variant; expected NAME/PATCH such as B/16, with NAME one of {', '.join(VARIANTS)}")
+        raise ValueError(
+            f"{variant!r} is not a variant; expected NAME/PATCH such as B/16, with NAME one of {', '.join(VARIANTS)}"
+        )
     width, depth, mlp_dim, num_heads = VARIANTS[name]
     return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": int(patch)}
 
@@ -211,6 +231,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         sizes["mlp_dim"] = 4 * sizes["width"]
     missing = [key for key, value in sizes.items() if value is None]
     if missing:
-        raise ValueError(f"needs {', '.join(missing)}; give a variant such as B/16, or all of patch_size, width, depth, num_heads")
+        raise ValueError(
+            f"needs {', '.join(missing)}; give a variant such as B/16, or all of patch_size, width, depth, num_heads"
+        )
     hidden = sizes["width"] if model.representation_size == "width" else model.representation_size
     return model.model_copy(update={**sizes, "representation_size": hidden})

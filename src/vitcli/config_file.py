@@ -1,7 +1,8 @@
 """YAML files and `key=value` overrides to a valid `Config`, and back; every error names file, line and key.
 
-Layers, weakest first: a recipe (fine-tuning only), the file, the overrides. A layer that sets the length of the run in one unit
-removes the weaker layers' other units, and the recipe's warm-up with them. Nothing in a file is ever executed: only YAML's plain scalars, lists and maps are read.
+Layers, weakest first: a recipe (fine-tuning only), the file, the overrides. A layer that sets the run's length in one unit
+removes the weaker layers' other units, and the recipe's warm-up with them. Nothing in a file is ever executed: only YAML's plain
+scalars, lists and maps are read.
 """
 
 import difflib
@@ -27,7 +28,9 @@ class PlainLoader(yaml.SafeLoader):
 
 PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -145,7 +148,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return values, lines
 
 
-def walk(loader: PlainLoader, node: yaml.MappingNode, prefix: str, path: Path, values: dict[str, Any], lines: dict[str, int]) -> None:
+def walk(
+    loader: PlainLoader, node: yaml.MappingNode, prefix: str, path: Path, values: dict[str, Any], lines: dict[str, int]
+) -> None:
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
@@ -213,7 +218,10 @@ def check_config(config: Config, layers: Layers) -> None:
         said = " and ".join(f"train.{unit}" for unit in given) + " are both given" if given else "says nothing"
         fail(f"train.{given[-1]}" if given else "train", f"{said}; give exactly one of steps, epochs and examples")
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
-        fail("train.micro_batch_size", f"is {train.micro_batch_size}, more than train.batch_size ({train.batch_size}); make it smaller")
+        fail(
+            "train.micro_batch_size",
+            f"is {train.micro_batch_size}, more than train.batch_size ({train.batch_size}); make it smaller",
+        )
     if train.steps is not None and optim.warmup_steps is not None and optim.warmup_steps >= train.steps:
         fail("optim.warmup_steps", f"is {optim.warmup_steps}, but the run has {train.steps} steps; make it shorter")
     if optim.end_lr > optim.lr:
@@ -242,10 +250,13 @@ def check_model(model: ModelConfig, image_size: tuple[int, int], layers: Layers)
         )
     if sizes.width % sizes.num_heads:
         raise ConfigError(
-            f"{layers.where('model.num_heads')}: model.width is {sizes.width}, which model.num_heads ({sizes.num_heads}) does not divide"
+            f"{layers.where('model.num_heads')}: model.width is {sizes.width}, "
+            f"which model.num_heads ({sizes.num_heads}) does not divide"
         )
     if sizes.pos_embed == "sincos2d" and sizes.width % 4:
-        raise ConfigError(f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width divisible by 4, not {sizes.width}")
+        raise ConfigError(
+            f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width divisible by 4, not {sizes.width}"
+        )
 
 
 def read_config(

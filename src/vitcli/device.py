@@ -48,7 +48,7 @@ def choose_device(wanted: str) -> torch.device:
 def choose_precision(wanted: str, device: torch.device, *, width: int) -> str:
     """Return `float32` or `bf16` for `auto`: bf16 on a GPU that has it, and on a CPU where a short measurement finds it faster.
 
-    The measurement times a matrix product of the MLP's shape, 0.1 s or less; the run records the outcome, so a resumed run keeps it.
+    The measurement times a matrix product of the MLP's shape, 0.1 s or less; the run keeps the outcome.
     """
     if wanted != "auto":
         return wanted
@@ -69,7 +69,7 @@ def choose_precision(wanted: str, device: torch.device, *, width: int) -> str:
 
 
 def flops_per_second(device: torch.device) -> float:
-    """Return a cautious guess of sustained training speed, for planning only: FLOP/s of a small model in its usual precision."""
+    """Return a cautious guess of sustained training speed, FLOP/s of a small model; for planning only."""
     return 50e12 if device.type == "cuda" else 20e9 * (torch.get_num_threads() or 1)
 
 
@@ -90,5 +90,7 @@ def hardware(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        name = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+        name = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name
+        )
     return f"{name}, {torch.get_num_threads()} threads"

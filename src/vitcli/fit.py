@@ -6,7 +6,8 @@ and a resumed run ends with the weights of one that was never interrupted, bit f
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from vitcli.checkpoint import Pretrained, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from vitcli.config import Config
 from vitcli.config_file import flatten
-from vitcli.data.loader import eval_batches, train_batches
+from vitcli.data.loader import Batch, eval_batches, train_batches
 from vitcli.data.sources import Source
 from vitcli.data.transforms import EvalTransform, TrainTransform, mix_batch, normalise
 from vitcli.errors import Interrupted, UserError
@@ -45,6 +46,16 @@ class Job:
     start: Pretrained | None  # weights of --ckpt, unless from scratch
 
 
+@dataclass
+class State:
+    """What changes while training, and so what a checkpoint holds: after `step` updates."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None
+    step: int
+
+
 def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[EvalResult, float]:
     """Train to the last step and return the final evaluation and the seconds spent training.
 
@@ -52,24 +63,61 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
         Interrupted: a signal arrived; the checkpoint of the last whole step is on disk.
         UserError: the loss is not finite, or the disk is full; earlier checkpoints are untouched.
     """
-    config, device = job.config, job.plan.device
-    train, log_settings = config.train, config.log
-    assert config.out is not None and train.steps is not None and train.micro_batch_size is not None
-    assert log_settings.log_every_steps and log_settings.eval_every_steps and log_settings.checkpoint_every_steps
-    micro_batch_size, num_classes = train.micro_batch_size, job.plan.num_classes
-    checkpoints = config.out / "checkpoints"
-    about = {
-        "model": config.model.model_dump(mode="json"),
-        "classes": list(job.train_source.classes),
-        "preprocessing": preprocessing_of(config),
-        "source": config.data.source,
-        "data": config.data.model_dump(mode="json", include={"shapes", "val_fraction"}),
-        "loss": train.loss,
-        "seed": config.seed,
-    }
+    config, train, every = job.config, job.config.train, job.config.log
+    assert config.out and train.steps and train.micro_batch_size
+    assert every.log_every_steps and every.eval_every_steps and every.checkpoint_every_steps
+    state = start_state(job, say=say)
+    forward = torch.compile(state.model) if train.compile else state.model
+    micro_batches = train_batches(
+        job.train_source,
+        TrainTransform(config.augment, image_size=config.data.image_size),
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        start_step=state.step,
+        total_steps=train.steps,
+        seed=config.seed,
+        workers=config.data.workers or 0,
+        pin_memory=job.plan.device.type == "cuda",
+    )
+    micro_per_step = math.ceil(train.batch_size / train.micro_batch_size)
+    log = RunLog(config.out, start_step=state.step, total_steps=train.steps, batch_size=train.batch_size)
+    sums = torch.zeros(3, dtype=torch.float64, device=job.plan.device)  # loss x images, hits, images since the last row
+    gradient_norm = torch.zeros(())
+    with stop.deferred(), log, closing(micro_batches):
+        try:
+            while True:
+                last = state.step == train.steps
+                if last or (state.step > 0 and state.step % every.eval_every_steps == 0 and not log.has_eval(state.step)):
+                    result = evaluate_now(state, job, log, stop)
+                if last:
+                    log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
+                    return result, log.train_seconds
+                stop.check()
+                parts = list(islice(micro_batches, micro_per_step))
+                if state.step == 0 and every.sample_images:
+                    log.images(0, "train/samples", parts[0]["images"][: every.sample_images])
+                gradient_norm = train_step(state, parts, job, forward, sums)
+                log.tick(state.step)
+                save_now = state.step % every.checkpoint_every_steps == 0 or state.step == train.steps
+                if save_now or state.step % every.log_every_steps == 0:
+                    write_row(state, job, log, sums, gradient_norm)
+                if save_now:
+                    save(state, job, log)
+        except Interrupted:
+            if state.step > 0:
+                if sums[2] > 0:
+                    write_row(state, job, log, sums, gradient_norm)
+                save(state, job, log)
+                say(f"stopped at step {state.step:,}, saved; the same command goes on from there")
+            raise
 
+
+def start_state(job: Job, *, say: Callable[[str], None]) -> State:
+    """Build model and optimiser, and fill them from where the run starts."""
+    config, device = job.config, job.plan.device
+    assert config.out is not None
     torch.manual_seed(derive_seed(config.seed, "init"))
-    model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes).to(device)
+    model = build_model(config.model, image_size=config.data.image_size, num_classes=job.plan.num_classes).to(device)
     # Start precedence: this run's own checkpoint, then --ckpt, then scratch.
     resume_from = latest_checkpoint(config.out, say=say)
     if resume_from is None and job.start is not None:
@@ -77,133 +125,127 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
         patch = job.start.model["patch_size"]
         report = load_weights(model, job.start.state, reset_head=True, old_grid=(height // patch, width // patch))
         say(f"weights from {job.start.source_path}: {report.summary()}")
-    if train.freeze_backbone:
+    if config.train.freeze_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("head."))
-    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(config.optim, model)
-    ema = ema_start(model) if train.ema_decay is not None else None
-    step = 0
-    if resume_from is not None:
-        saved = load_checkpoint(resume_from)
-        model.load_state_dict(saved.model_state)
-        optimizer.load_state_dict(saved.optimizer_state)
-        if ema is not None and saved.ema_state is not None:
-            ema = {name: saved.ema_state[name].to(device) for name in ema}
-        step = saved.step
-        say(f"resuming {config.out} from step {step:,}")
-    forward = torch.compile(model) if train.compile else model
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
+    ema = ema_start(model) if config.train.ema_decay is not None else None
+    if resume_from is None:
+        return State(model, optimizer, ema, step=0)
+    saved = load_checkpoint(resume_from)
+    model.load_state_dict(saved.model_state)
+    optimizer.load_state_dict(saved.optimizer_state)
+    if ema is not None and saved.ema_state is not None:
+        ema = {name: saved.ema_state[name].to(device) for name in ema}
+    say(f"resuming {config.out} from step {saved.step:,}")
+    return State(model, optimizer, ema, saved.step)
 
-    micro_batches = train_batches(
-        job.train_source,
-        TrainTransform(config.augment, image_size=config.data.image_size),
-        batch_size=train.batch_size,
-        micro_batch_size=micro_batch_size,
-        start_step=step,
-        total_steps=train.steps,
-        seed=config.seed,
-        workers=config.data.workers or 0,
-        pin_memory=device.type == "cuda",
-    )
-    micro_per_step = -(-train.batch_size // micro_batch_size)
-    log = RunLog(config.out, start_step=step, total_steps=train.steps, batch_size=train.batch_size)
 
-    def save() -> None:
-        with log.paused():
-            save_checkpoint(
-                checkpoints, step=step, model_state=model.state_dict(), ema_state=ema, optimizer_state=optimizer.state_dict(),
-                manifest=about,
-            )  # fmt: skip
-        prune_checkpoints(checkpoints, keep=log_settings.keep_checkpoints, step=step)
+def train_step(state: State, parts: list[Batch], job: Job, forward: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor:
+    """Make one update from a batch in micro-batches, add to `sums`, and return the gradient norm before clipping.
 
-    def write_row() -> None:
-        loss_sum, hit_sum, images_seen = sums.tolist()  # the only place that waits for the device
-        sums.zero_()
-        row = {
-            "loss": loss_sum / images_seen,
-            "accuracy": hit_sum / images_seen,
-            "lr": lr,
-            "gradient_norm": gradient_norm.item(),
-            "weight_norm": weight_norm(parameters).item(),
-            "epoch": step * train.batch_size / job.plan.train_examples,
-        }
-        log.train_row(step, row)
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
-            raise UserError(
-                f"{config.out}: loss {row['loss']} and gradient norm {row['gradient_norm']} by step {step} are not finite; nothing of it "
-                "was saved: lower optim.lr or lengthen optim.warmup_steps, with another --out"
-            )
+    Args:
+        parts: of images, uint8 (b, 3, H, W), and labels (b,); together the step's batch.
+        forward: the model, compiled or not.
+        sums: (3,) loss x images, hits and images since the last log row.
+    """
+    config, train, device, model = job.config, job.config.train, job.plan.device, state.model
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr_of_step(config, state.step)
+    torch.manual_seed(derive_seed(config.seed, "dropout", state.step))
+    model.train(not train.freeze_backbone)  # a frozen backbone must not drop what the head reads
+    state.optimizer.zero_grad(set_to_none=True)
+    for number, part in enumerate(parts):
+        labels = part["labels"].to(device, non_blocking=True)
+        inputs = normalise(part["images"].to(device, non_blocking=True), mean=config.data.mean, std=config.data.std)
+        targets = soft_targets(labels, num_classes=job.plan.num_classes, label_smoothing=train.label_smoothing)
+        if config.augment.mixup or config.augment.cutmix:
+            seed = derive_seed(config.seed, "mix", state.step, number)
+            inputs, targets = mix_batch(inputs, targets, seed=seed, mixup=config.augment.mixup, cutmix=config.augment.cutmix)
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            logits = forward(inputs)  # (b, K)
+        loss = classification_loss(logits.float(), targets, kind=train.loss)
+        (loss * (len(labels) / train.batch_size)).backward()
+        with torch.no_grad():
+            hits = (logits.argmax(1) == targets.argmax(1)).sum()
+            sums += torch.stack([loss.double() * len(labels), hits.double(), hits.new_tensor(len(labels)).double()])
+    gradient_norm = clip_gradients(model.parameters(), config.optim.grad_clip)
+    state.optimizer.step()
+    if state.ema is not None and train.ema_decay is not None:
+        ema_update(state.ema, model, train.ema_decay)
+    state.step += 1
+    return gradient_norm
 
-    def evaluate_now() -> EvalResult:
-        judged = model
-        if ema is not None:
-            judged = copy.deepcopy(model)
-            judged.load_state_dict(ema)
-        with log.paused():
-            result = evaluate_source(
-                judged, job.val_source, config, device=device, batch_size=2 * micro_batch_size, num_classes=num_classes, check=stop.check
-            )
-        log.eval_row(step, {"loss": result.loss, "top1": result.top1, "top5": result.top5, "seconds": result.seconds})
-        return result
 
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss x images, hits, images since the last row
-    with stop.deferred():
-        try:
-            while True:
-                last = step == train.steps
-                if last or (step > 0 and step % log_settings.eval_every_steps == 0 and not log.has_eval(step)):
-                    result = evaluate_now()
-                if last:
-                    log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
-                    return result, log.train_seconds
-                stop.check()
-                lr = lr_of_step(config, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                torch.manual_seed(derive_seed(config.seed, "dropout", step))
-                model.train(not train.freeze_backbone)  # a frozen backbone must not drop what the head reads
-                optimizer.zero_grad(set_to_none=True)
-                for part, batch in enumerate(islice(micro_batches, micro_per_step)):
-                    images = batch["images"].to(device, non_blocking=True)
-                    labels = batch["labels"].to(device, non_blocking=True)
-                    if step == 0 and part == 0 and log_settings.sample_images:
-                        log.images(step, "train/samples", images[: log_settings.sample_images])
-                    inputs = normalise(images, mean=config.data.mean, std=config.data.std)
-                    targets = soft_targets(labels, num_classes=num_classes, label_smoothing=train.label_smoothing)
-                    if config.augment.mixup or config.augment.cutmix:
-                        seed = derive_seed(config.seed, "mix", step, part)
-                        inputs, targets = mix_batch(inputs, targets, seed=seed, mixup=config.augment.mixup, cutmix=config.augment.cutmix)
-                    with autocast:
-                        logits = forward(inputs)  # (B, K)
-                    loss = classification_loss(logits.float(), targets, kind=train.loss)
-                    (loss * (len(labels) / train.batch_size)).backward()
-                    with torch.no_grad():
-                        hits = (logits.argmax(1) == targets.argmax(1)).sum()
-                        sums += torch.stack([loss.double() * len(labels), hits.double(), hits.new_tensor(len(labels)).double()])
-                gradient_norm = clip_gradients(parameters, config.optim.grad_clip)
-                optimizer.step()
-                if ema is not None and train.ema_decay is not None:
-                    ema_update(ema, model, train.ema_decay)
-                step += 1
-                log.tick(step)
-                save_now = step % log_settings.checkpoint_every_steps == 0 or step == train.steps
-                if save_now or step % log_settings.log_every_steps == 0:
-                    write_row()
-                if save_now:
-                    save()
-        except Interrupted:
-            if step > 0:
-                if sums[2] > 0:
-                    write_row()
-                save()
-                say(f"stopped at step {step:,}, saved; the same command goes on from there")
-            raise
-        finally:
-            log.close()
-            close = getattr(micro_batches, "close", None)
-            if close is not None:
-                close()
+def write_row(state: State, job: Job, log: RunLog, sums: Tensor, gradient_norm: Tensor) -> None:
+    """Log what happened since the last row and reset the sums; raise UserError if it is not finite."""
+    loss_sum, hits, images = sums.tolist()  # the only place that waits for the device
+    sums.zero_()
+    row = {
+        "loss": loss_sum / images,
+        "accuracy": hits / images,
+        "lr": lr_of_step(job.config, state.step - 1),
+        "gradient_norm": gradient_norm.item(),
+        "weight_norm": weight_norm(p for p in state.model.parameters() if p.requires_grad).item(),
+        "epoch": state.step * job.config.train.batch_size / job.plan.train_examples,
+    }
+    log.train_row(state.step, row)
+    if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+        raise UserError(
+            f"{job.config.out}: loss {row['loss']}, gradient norm {row['gradient_norm']} by step {state.step}: not finite; "
+            "nothing of it was saved: lower optim.lr or lengthen optim.warmup_steps, with another --out"
+        )
+
+
+def save(state: State, job: Job, log: RunLog) -> None:
+    """Write a checkpoint of the state, and delete those beyond `keep_checkpoints`."""
+    config = job.config
+    assert config.out is not None
+    checkpoints = config.out / "checkpoints"
+    manifest = {
+        "model": config.model.model_dump(mode="json"),
+        "classes": list(job.train_source.classes),
+        "preprocessing": preprocessing_of(config),
+        "source": config.data.source,
+        "data": config.data.model_dump(mode="json", include={"shapes", "val_fraction"}),
+        "loss": config.train.loss,
+        "seed": config.seed,
+    }
+    with log.paused():
+        save_checkpoint(
+            checkpoints,
+            step=state.step,
+            model_state=state.model.state_dict(),
+            ema_state=state.ema,
+            optimizer_state=state.optimizer.state_dict(),
+            manifest=manifest,
+        )
+        prune_checkpoints(checkpoints, keep=config.log.keep_checkpoints, step=state.step)
+
+
+def evaluate_now(state: State, job: Job, log: RunLog, stop: StopSignals) -> EvalResult:
+    """Evaluate the weights, averaged ones where there are any, and log the result."""
+    judged = state.model
+    if state.ema is not None:
+        judged = copy.deepcopy(state.model)
+        judged.load_state_dict(state.ema)
+    micro = job.config.train.micro_batch_size
+    assert micro is not None
+    with log.paused():
+        result = evaluate_source(
+            judged,
+            job.val_source,
+            job.config,
+            device=job.plan.device,
+            batch_size=2 * micro,  # without gradients twice as many fit
+            num_classes=job.plan.num_classes,
+            check=stop.check,
+        )
+    log.eval_row(state.step, {"loss": result.loss, "top1": result.top1, "top5": result.top5, "seconds": result.seconds})
+    return result
+
+
+# ---------------------------------------------------------------- losses
 
 
 def soft_targets(labels: Tensor, *, num_classes: int, label_smoothing: float) -> Tensor:
@@ -234,14 +276,14 @@ def evaluate_source(
     *,
     device: torch.device,
     batch_size: int,
-    check: Callable[[], None] | None = None,
     num_classes: int,
+    check: Callable[[], None] | None = None,
     class_map: Tensor | None = None,
 ) -> EvalResult:
     """Evaluate on every image of a source once, with the config's preprocessing, loss and precision."""
     data = config.data
     transform = EvalTransform(image_size=data.image_size, crop_fraction=data.eval_crop_fraction)
-    batches: Iterator[dict[str, Tensor]] = eval_batches(source, transform, batch_size=batch_size, workers=data.workers or 0)
+    batches = eval_batches(source, transform, batch_size=batch_size, workers=data.workers or 0)
     return evaluate(
         model,
         batches,

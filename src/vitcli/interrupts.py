@@ -22,6 +22,7 @@ class StopSignals:
         self.defer = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Raise at once, or remember the signal."""
         del frame
         first, self.received = self.received is None, self.received or signum
         if first and not self.defer:

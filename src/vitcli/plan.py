@@ -42,7 +42,12 @@ def lr_of_step(config: Config, step: int) -> float:
     optim = config.optim
     assert config.train.steps is not None and optim.warmup_steps is not None
     return lr_at(
-        step, lr=optim.lr, end_lr=optim.end_lr, total_steps=config.train.steps, warmup_steps=optim.warmup_steps, schedule=optim.schedule
+        step,
+        lr=optim.lr,
+        end_lr=optim.end_lr,
+        total_steps=config.train.steps,
+        warmup_steps=optim.warmup_steps,
+        schedule=optim.schedule,
     )
 
 
@@ -68,9 +73,12 @@ def resolve(config: Config, *, train_examples: int, device: torch.device) -> Con
             "optim": optim.model_copy(update={"warmup_steps": warmup_steps}),
             "train": train.model_copy(
                 update={
-                    "steps": steps, "epochs": None, "examples": None, "micro_batch_size": micro,
+                    "steps": steps,
+                    "epochs": None,
+                    "examples": None,
+                    "micro_batch_size": micro,
                     "precision": choose_precision(train.precision, device, width=model.width),
-                }  # fmt: skip
+                }
             ),
             "log": log.model_copy(
                 update={
@@ -131,9 +139,9 @@ def describe(plan: Plan) -> list[str]:
         f"model       ViT, width {model.width}, depth {model.depth}, {model.num_heads} heads, {rows} x {columns} patches of "
         f"{model.patch_size} px, {plan.num_classes:,} classes",
         f"parameters  {plan.parameters:,}",
-        f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {3 * images * plan.flops_per_image:.3g} for the run",
+        f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {3 * images * plan.flops_per_image:.3g} in all",
         f"data        {config.data.source}: {plan.train_examples:,} training and {plan.val_examples:,} evaluation images",
-        f"length      {steps:,} steps of {batch:,} ({train.micro_batch_size} at a time), {passes:.3g} epochs, {images:,} images",
+        f"length      {steps:,} steps of {batch:,} ({train.micro_batch_size} at once), {passes:.3g} epochs, {images:,} images",
         f"optimiser   {optim.name}, weight decay {optim.weight_decay:g}, gradient clip {optim.grad_clip}",
         f"lr          {optim.schedule}; by step: {curve}",
         f"precision   {train.precision} on {hardware(plan.device)}",

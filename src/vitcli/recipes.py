@@ -11,7 +11,13 @@ from typing import Any
 __all__ = ["Recipe", "finetune_recipe"]
 
 # ViT (2010.11929) Table 4: steps; warm-up as in the authors' vit.py and big_vision's transfer.py
-TABLE_4 = {"imagenet": (20_000, 500), "cifar10": (10_000, 500), "cifar100": (10_000, 500), "pets": (500, 100), "flowers102": (500, 100)}
+TABLE_4 = {
+    "imagenet": (20_000, 500),
+    "cifar10": (10_000, 500),
+    "cifar100": (10_000, 500),
+    "pets": (500, 100),
+    "flowers102": (500, 100),
+}
 TABLE_4_LR = 0.01  # inside every sweep of Table 4; the authors' choice for CIFAR-10
 HIGH_RESOLUTION = 384  # px, for models pretrained at 224 px or more (Table 4)
 NOT_MIRRORED = ("digits", "mnist")  # a mirrored digit is another sign
@@ -61,15 +67,17 @@ def finetune_recipe(
             "name": "sgd", "momentum": 0.9, "lr": TABLE_4_LR, "schedule": "cosine", "warmup_steps": warmup_steps,
             "weight_decay": 0.0, "grad_clip": 1.0,
         }  # fmt: skip
-        notes.append(f"recipe: the paper's Table 4 for {dataset} (SGD, {steps:,} steps of 512, lr {TABLE_4_LR}, {height} x {width} px)")
+        notes.append(
+            f"recipe: the paper's Table 4 for {dataset} (SGD, {steps:,} steps of 512, lr {TABLE_4_LR}, {height} x {width} px)"
+        )
         if min(preprocessing["image_size"]) < 224:
-            notes.append(f"resolution: kept at the checkpoint's {height} x {width} px; Table 4's 384 px are for models pretrained at 224 px")
+            notes.append(
+                f"resolution: the checkpoint's {height} x {width} px; Table 4's 384 px are for models pretrained at 224 px"
+            )
         seconds = steps * batch_size * 3 * forward_flops * (height * width) / _area(preprocessing) / flops_per_second
         if seconds > 2 * UNKNOWN_BUDGET_SECONDS:
             affordable = max(1, int(steps * UNKNOWN_BUDGET_SECONDS / seconds))
-            notes.append(
-                f"time: about {seconds / 3600:.1f} h on this machine; for half an hour add train.steps={affordable}"
-            )
+            notes.append(f"time: about {seconds / 3600:.1f} h on this machine; for half an hour add train.steps={affordable}")
     else:
         batch_size = _power_of_two(num_examples / 20, 16, 512)
         # a few hundred images want many passes, a million want few: as many steps as 30 passes, between 500 and 20,000
@@ -78,10 +86,16 @@ def finetune_recipe(
         steps = max(100, min(wanted, affordable))
         lr = min(1e-3, 0.1 / int(model["width"]))
         settings["augment"] |= {"min_area": 0.25, "flip": dataset not in NOT_MIRRORED}
-        settings["optim"] = {"name": "adamw", "lr": float(f"{lr:.2g}"), "schedule": "cosine", "weight_decay": 0.05, "grad_clip": 1.0}
+        settings["optim"] = {
+            "name": "adamw",
+            "lr": float(f"{lr:.2g}"),
+            "schedule": "cosine",
+            "weight_decay": 0.05,
+            "grad_clip": 1.0,
+        }
         settings["optim"]["warmup_steps"] = steps // 10
         notes.append(
-            f"recipe: chosen for {num_examples:,} images ({steps:,} steps of {batch_size}, AdamW, lr {lr:.2g}, {height} x {width} px)"
+            f"recipe: for {num_examples:,} images ({steps:,} steps of {batch_size}, AdamW, lr {lr:.2g}, {height} x {width} px)"
             + (f", shortened from {wanted:,} steps to half an hour on this machine" if steps < wanted else "")
         )
     settings["train"] = {"steps": steps, "batch_size": batch_size}

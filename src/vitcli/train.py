@@ -49,13 +49,20 @@ def finetune(
     pretrained = load_weights_file(ckpt, say=say)
     out = Path("runs") / f"{run_name(pretrained.source_path)}-{dataset.removeprefix('folder:').strip('/').replace('/', '-')}"
     out = out.with_name(f"{out.name}-scratch") if from_scratch else out
-    facts: dict[str, Any] = {"ckpt": str(ckpt), "from_scratch": from_scratch, "out": str(out), **checkpoint_facts(pretrained, dataset)}
+    facts: dict[str, Any] = {
+        "ckpt": str(ckpt),
+        "from_scratch": from_scratch,
+        "out": str(out),
+        **checkpoint_facts(pretrained, dataset),
+    }
     recipe = None
     if config_path is None:
         # a first reading, for the data and the run directory it names; the length stands in for the recipe's
         draft, _ = read_config(None, overrides, base={**facts, "train": {"steps": 1}}, base_name="checkpoint")
         assert draft.out is not None
-        recipe = (read_json(draft.out / MANIFEST) or {}).get("recipe")  # a resumed run keeps its recipe, also on another machine
+        recipe = (read_json(draft.out / MANIFEST) or {}).get(
+            "recipe"
+        )  # a resumed run keeps its recipe, also on another machine
         if recipe is None:
             train_source = open_source(dataset, split="train", data=draft.data)
             made = finetune_recipe(
@@ -74,7 +81,9 @@ def finetune(
         base, name = facts, "checkpoint"
     config, layers = read_config(config_path, overrides, base=base, base_name=name)
     if config.data.source != dataset:
-        raise ConfigError(f"{layers.where('data.source')}: data.source is {config.data.source}, but --dataset is {dataset}; drop one")
+        raise ConfigError(
+            f"{layers.where('data.source')}: data.source is {config.data.source}, but --dataset is {dataset}; drop one"
+        )
     for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
         if getattr(config.model, key) != pretrained.model[key]:
             raise ConfigError(
@@ -94,7 +103,10 @@ def flops_of(pretrained: Pretrained) -> int:
     keys = ("patch_size", "width", "depth", "mlp_dim", "pool")
     sizes = {key: pretrained.model[key] for key in keys}
     return forward_flops(
-        image_size=tuple(pretrained.preprocessing["image_size"]), num_classes=len(pretrained.classes), representation_size=None, **sizes
+        image_size=tuple(pretrained.preprocessing["image_size"]),
+        num_classes=len(pretrained.classes),
+        representation_size=None,
+        **sizes,
     )
 
 
@@ -136,7 +148,11 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
             write_text(out / CONFIG, dump_config(job.config))
             write_json(out / MANIFEST, {**manifest, "requested": config.model_dump(mode="json"), "recipe": recipe})
         result, seconds = fit(job, stop=stop, say=say)
-        summary = {"step": job.config.train.steps, "train_seconds": round(seconds, 1), **result.as_dict(job.train_source.classes)}
+        summary = {
+            "step": job.config.train.steps,
+            "train_seconds": round(seconds, 1),
+            **result.as_dict(job.train_source.classes),
+        }
         write_json(out / SUMMARY, summary)
     say(f"finished: {headline(summary)}")
     say(f"run directory {out}; curves: tensorboard --logdir {out}")
@@ -162,7 +178,9 @@ def refuse_other(out: Path, config: Config) -> None:
     if differing:
         said = ", ".join(f"{key} ({value_at(before, key)!r} there, {value_at(now, key)!r} now)" for key in differing[:6])
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
-        raise RunExistsError(f"{out}: this run has another config: {said}{more}; choose another --out, or take the settings back")
+        raise RunExistsError(
+            f"{out}: this run has another config: {said}{more}; choose another --out, or take the settings back"
+        )
 
 
 def keys_free_to_change(section: type[Section], prefix: str = "") -> list[str]:
@@ -205,7 +223,9 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
         config = resolve(config, train_examples=len(train_source), device=device)
     workers = config.data.workers if config.data.workers is not None else choose_workers(train_source, device.type)
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
-    plan = build_plan(config, num_classes=num_classes, train_examples=len(train_source), val_examples=len(val_source), device=device)
+    plan = build_plan(
+        config, num_classes=num_classes, train_examples=len(train_source), val_examples=len(val_source), device=device
+    )
     return Job(config, plan, train_source, val_source, start)
 
 
@@ -222,7 +242,11 @@ def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | No
     keep_freed_memory()
     pretrained = load_weights_file(ckpt)
     overrides = [] if data_root is None else [f"data.root={json.dumps(str(data_root))}"]
-    data_settings = {**pretrained.manifest["data"], **pretrained.preprocessing, "source": dataset or str(pretrained.manifest["source"])}
+    data_settings = {
+        **pretrained.manifest["data"],
+        **pretrained.preprocessing,
+        "source": dataset or str(pretrained.manifest["source"]),
+    }
     base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, "loss": pretrained.manifest["loss"]}}
     config, _ = read_config(None, overrides, base=base, base_name=str(ckpt))
     device = choose_device("auto")
@@ -242,7 +266,14 @@ def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | No
 
 
 def preview_data(
-    source: str, config_path: Path | None, overrides: Sequence[str], *, out: Path | None, augmented: bool, rows: int, columns: int
+    source: str,
+    config_path: Path | None,
+    overrides: Sequence[str],
+    *,
+    out: Path | None,
+    augmented: bool,
+    rows: int,
+    columns: int,
 ) -> str:
     """Write a contact sheet of a source's training split and say where; settings come from the config where one is given."""
     base = {"data": {"image_size": 64}, "model": {"variant": "mu/1"}, "train": {"steps": 1}}

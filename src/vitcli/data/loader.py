@@ -215,22 +215,22 @@ class MadeBatches(Dataset[Batch | UserError]):
 
 def in_processes(make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Prepare batches in loader processes; they end with the iterator."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: the user's choice
-        loader = DataLoader(
-            MadeBatches(make),
-            batch_size=None,
-            sampler=cast(Any, keys),
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            pin_memory=pin_memory,
-            worker_init_fn=prepare_worker,
-            generator=torch.Generator(),  # its own: the default one's state belongs to the model
-        )
     held_back = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)  # until a new process has said that it ignores them
     try:
-        batches = iter(loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: the user's choice
+            loader = DataLoader(
+                MadeBatches(make),
+                batch_size=None,
+                sampler=cast(Any, keys),
+                num_workers=workers,
+                prefetch_factor=PREFETCH,
+                pin_memory=pin_memory,
+                worker_init_fn=prepare_worker,
+                generator=torch.Generator(),  # its own: the default one's state belongs to the model
+            )
+            batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:

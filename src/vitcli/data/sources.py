@@ -73,6 +73,7 @@ class ArraySource:
         return images[0], int(labels[0])
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return images (B, H, W, 3) and labels (B,)."""
         images = self.images[indices]
         if images.ndim == 3:  # grey is kept as one channel: a third of the memory
             images = np.repeat(images[..., None], 3, axis=3)
@@ -98,6 +99,7 @@ class DecodedSource:
         return self.pixels[index], int(self._labels[index])
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return images (B, H, W, 3) and labels (B,); only where all images have one size."""
         return self.pixels.stacked()[indices], self._labels[indices]
 
 

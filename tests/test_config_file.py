@@ -81,7 +81,7 @@ def test_a_bad_override_gets_one_line(good: Path, override: str, said: str) -> N
         ),
         (GOOD + "optim: {lr: 1}\n", ":10: optim is given twice, first at line 5"),
         (GOOD.replace("  source: shapes\n", ""), ": data.source is missing"),
-        ("- a\n", ":1: expected settings as `key: value`, found a sequence"),
+        ("- a\n", ":1: expected settings as `key: value`, found something else"),
         ("a: [1,\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         (GOOD.replace("model: {variant: Ti/4}", "model: {width: 64}"), ":1: model needs patch_size, depth, num_heads"),

@@ -1,5 +1,7 @@
 """Transforms: against torchvision and Pillow, and the same pixels whoever prepares an image and beside whatever others."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -134,8 +136,8 @@ def test_pad_crop_shifts_by_whole_pixels_over_black() -> None:
     assert {row for row, _ in shifts} == set(range(-4, 5)) == {column for _, column in shifts}
     doubled = TrainTransform(AugmentConfig(crop="pad", pad=4, flip=False), image_size=(64, 64))
     white = np.full((200, 64, 64, 3), 255, np.uint8)
-    out = doubled(white, seed=0, epochs=np.zeros(200, np.int64), indices=np.arange(200))
-    assert int((out[:, 0] == 0).all(dim=2).sum(dim=1).max()) == 8  # rows of black: in proportion to the image
+    padded = doubled(white, seed=0, epochs=np.zeros(200, np.int64), indices=np.arange(200))
+    assert int((padded[:, 0] == 0).all(dim=2).sum(dim=1).max()) == 8  # rows of black: in proportion to the image
 
 
 def test_flip_mirrors_half_of_the_images() -> None:
@@ -187,7 +189,7 @@ def test_randaugment_operations_equal_pillow() -> None:
     images = random_images(12, 30, 20)
     level = 0.6  # enhancement factor 1.18, 2 bits, threshold 153
     factor = level * 1.8 + 0.1
-    oracles = {
+    oracles: dict[str, Any] = {
         "AutoContrast": ImageOps.autocontrast,
         "Equalize": ImageOps.equalize,
         "Invert": ImageOps.invert,

@@ -1,7 +1,7 @@
 """YAML files and `key=value` overrides to a valid `Config`, and back; every error names file, line and key.
 
-Layers, weakest first: a recipe (fine-tuning only), the file, the overrides. A layer that sets the run's length in one unit
-removes the weaker layers' other units, and the recipe's warm-up with them. Nothing in a file is ever executed: only YAML's plain
+Layers, weakest first: a recipe (fine-tuning only), the file, the overrides. A layer that sets the length in one unit
+removes the weaker layers' other units, and the recipe's warm-up with them. Nothing in a file is ever executed: only plain
 scalars, lists and maps are read.
 """
 
@@ -135,7 +135,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         lines: dict[str, int] = {}
         if root is not None:
             if not isinstance(root, yaml.MappingNode):
-                raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected settings as `key: value`, found a {root.id}")
+                raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected settings as `key: value`, found something else")
             walk(loader, root, "", path, values, lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitcli.errors import DataError
 
@@ -75,6 +75,6 @@ def reason(error: Exception, path: str | os.PathLike[str]) -> str:
             return "the file is empty"
     except OSError:
         return "there is no such file"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "no image format recognises it"
     return " ".join(str(error).split()) or type(error).__name__

@@ -10,7 +10,7 @@ import queue
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -99,7 +99,7 @@ def train_batches(
     seed: int,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the micro-batches of steps start_step to total_steps - 1 in order, ceil(batch / micro) per step.
 
     Args:
@@ -115,7 +115,7 @@ def train_batches(
 
 def eval_batches(
     source: Source, transform: EvalTransform, *, batch_size: int, workers: int = 0, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield every example exactly once, in order; the last batch may be smaller. Otherwise like `train_batches`."""
     starts = range(0, len(source), batch_size)
     return stream(EvalBatchMaker(source, transform, batch_size), starts, workers=workers, pin_memory=pin_memory)
@@ -158,7 +158,9 @@ def as_batch(images: Tensor, labels: NDArray[np.int64], indices: NDArray[np.int6
     return {"images": images, "labels": torch.from_numpy(labels), "indices": torch.from_numpy(indices)}
 
 
-def stream(make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def stream(
+    make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
     """Yield make(key) for every key, in order, prepared ahead of time."""
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
@@ -166,7 +168,7 @@ def stream(make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, p
     return in_processes(make, keys, workers=workers, pin_memory=pin_memory)
 
 
-def in_thread(make: Callable[[Key], Batch], keys: Sequence[Key], *, pin_memory: bool) -> Iterator[Batch]:
+def in_thread(make: Callable[[Key], Batch], keys: Sequence[Key], *, pin_memory: bool) -> Generator[Batch, None, None]:
     """Prepare batches in one background thread; it ends with the iterator, and its exceptions are raised to the consumer."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
     stop = threading.Event()
@@ -213,7 +215,9 @@ class MadeBatches(Dataset[Batch | UserError]):
             return error
 
 
-def in_processes(make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def in_processes(
+    make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
     """Prepare batches in loader processes; they end with the iterator."""
     held_back = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)  # until a new process has said that it ignores them

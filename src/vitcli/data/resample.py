@@ -52,7 +52,7 @@ def crop_resize_each(images: list[NDArray[np.uint8]], boxes: Box, *, size: tuple
         picture = Image.fromarray(np.ascontiguousarray(image))
         # Two calls, because Pillow's own order of the passes depends on its version and on the shape.
         picture = picture.resize((size[1], picture.height), Image.Resampling.BILINEAR, box=(left, 0, right, picture.height))
-        out[i] = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(0, top, size[1], bottom))
+        out[i] = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(0, top, size[1], bottom)))
     return out
 
 

@@ -164,10 +164,12 @@ def batch_of(images: NDArray[np.uint8], augment: bool) -> Tensor:
     return torch.stack([image[:, r : r + SIDE, c : c + SIDE] for image, (r, c) in zip(padded, shifts)])
 
 
-def train(model: SmallViT, train_set: Pair, test_set: Pair, *, images_seen: int, lr: float, augment: bool, seed: int) -> float:
+def train(
+    model: SmallViT, train_set: Pair, test_set: Pair, *, images_seen: int, batch_size: int, lr: float, augment: bool, seed: int
+) -> float:
     """Train with AdamW, warm-up and a cosine; return the accuracy on the test set, in percent."""
     torch.manual_seed(seed)
-    B, (x, y) = 128, train_set
+    B, (x, y) = batch_size, train_set
     kernels = [p for p in model.parameters() if p.ndim in (2, 4)]
     others = [p for p in model.parameters() if p.ndim not in (2, 4)]
     groups = [dict(params=kernels, weight_decay=0.05), dict(params=others, weight_decay=0.0)]
@@ -203,6 +205,7 @@ def main() -> None:
     cli.add_argument("--cifar10-images", type=int, default=30_000, help="images seen in fine-tuning")
     cli.add_argument("--cifar10-subset", type=int, default=15_000, help="different images")
     cli.add_argument("--digits-images", type=int, default=6_485, help="images seen: 5 epochs")
+    cli.add_argument("--batch-size", type=int, default=64, help="of all training")
     cli.add_argument("--pretrain-lr", type=float, default=1e-3)
     cli.add_argument("--lr", type=float, nargs="+", default=[1e-3], help="of fine-tuning and scratch")
     cli.add_argument("--seed", type=int, default=0)
@@ -222,7 +225,7 @@ def main() -> None:
         if arm != "scratch":
             seen = corpus(arm, classes=args.classes, examples=args.pretrain_images, split="train")
             held_out = corpus(arm, classes=args.classes, examples=1000, split="val")
-            budget = dict(images_seen=args.pretrain_images, lr=args.pretrain_lr)
+            budget = dict(images_seen=args.pretrain_images, batch_size=args.batch_size, lr=args.pretrain_lr)
             row["pretrain_top1"] = train(model, seen, held_out, **budget, augment=False, seed=args.seed)
         start = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("head")}
         for task, (train_set, test_set, images_seen, augment) in tasks.items():
@@ -230,7 +233,7 @@ def main() -> None:
                 model = SmallViT(**sizes, classes=10)
                 model.load_state_dict(start, strict=False)
                 nn.init.zeros_(model.head.weight)
-                budget = dict(images_seen=images_seen, lr=lr)
+                budget = dict(images_seen=images_seen, batch_size=args.batch_size, lr=lr)
                 row[f"{task}_top1_lr{lr:g}"] = train(model, train_set, test_set, **budget, augment=augment, seed=args.seed)
         row["seconds"] = round(time.perf_counter() - began)
         print(json.dumps(row), flush=True)

@@ -479,6 +479,19 @@ def test_unwritable_cache_decodes_into_memory(
     assert (copy[1][0] == expected).all()
 
 
+def test_processes_decode_large_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_set(tmp_path, mixed=True)
+    files = open_folder(folder, split="train", val_fraction=0.1)
+    expected = decode_once(files, cache_dir=tmp_path / "threads", name="set")
+    monkeypatch.setattr("vitcli.data.cache.WORTH_PROCESSES", 0)
+    got = decode_once(files, cache_dir=tmp_path / "processes", name="set")
+    assert (got.flat == expected.flat).all() and (got.sizes == expected.sizes).all()
+    (folder / "train" / "b" / "0003.png").write_bytes(b"junk")
+    with pytest.raises(DataError, match="0003.png: cannot read") as error:
+        decode_once(open_folder(folder, split="train", val_fraction=0.1), cache_dir=tmp_path / "processes", name="set")
+    one_line(error)
+
+
 def test_two_processes_may_decode_at_once(tmp_path: Path) -> None:
     files = open_folder(make_set(tmp_path), split="train", val_fraction=0.1)
     results: list[NDArray[np.uint8]] = []

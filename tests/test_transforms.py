@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch

@@ -10,10 +10,12 @@ import io
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1  # goes into the key: raise it when `to_rgb` or the file layout changes
 SAMPLE = 64  # headers read for the estimate
 CHUNK = 64  # images per task: enough to hide the hand-over, little enough to bound what waits in memory
+MOST_DECODERS = 8  # threads or processes
+WORTH_PROCESSES = 2000  # images; below, starting processes takes longer than it saves
 STALE_SECONDS = 24 * 3600  # a temporary folder this old belongs to a process that was killed
 
 
@@ -155,31 +159,45 @@ def remove_stale(folder: Path) -> None:
 def decode_into(sink: BinaryIO, files: ImageFiles, *, name: str) -> NDArray[np.int64]:
     """Write all pixels in order to `sink`; return (N, 2) heights and widths."""
     paths = [os.path.join(files.root, relative) for relative in files.relative]
-    sizes = np.empty((len(paths), 2), np.int64)
-    done = 0
+    sizes: list[tuple[int, int]] = []
     bar = tqdm(total=len(paths), desc=f"decoding {name} (once)", unit="img", leave=False, delay=1.0, disable=None)
-    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for images in in_order(pool, paths):
-            for image in images:
-                sizes[done] = image.shape[:2]
-                done += 1
-            sink.write(b"".join(image.tobytes() for image in images))
-            bar.update(len(images))
-    return sizes
+    with bar, decoders(len(paths)) as pool:
+        for pixels, shapes in in_order(pool, paths):
+            sink.write(pixels)
+            sizes.extend(shapes)
+            bar.update(len(shapes))
+    return np.array(sizes, np.int64)
 
 
-def in_order(pool: ThreadPoolExecutor, paths: Sequence[str]) -> Iterator[list[NDArray[np.uint8]]]:
+def decoders(images: int) -> Executor:
+    """Return threads for a small set; processes for a large one, because Pillow holds the interpreter lock on small images."""
+    workers = min(MOST_DECODERS, os.cpu_count() or 1)
+    if images < WORTH_PROCESSES:
+        return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, initializer=leave_interrupts)
+
+
+def leave_interrupts() -> None:
+    """Let Ctrl-C, which reaches all processes, end the main one only; it ends these."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def decode_chunk(paths: list[str]) -> tuple[bytes, list[tuple[int, int]]]:
+    """Return the pixels of some files, one after the other, and their heights and widths."""
+    images = [read_image(path) for path in paths]
+    return b"".join(image.tobytes() for image in images), [image.shape[:2] for image in images]
+
+
+def in_order(pool: Executor, paths: Sequence[str]) -> Iterator[tuple[bytes, list[tuple[int, int]]]]:
     """Decode chunks of files on the pool, yield them in order, with a bounded number waiting."""
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    waiting = []
-    ahead = 2 * min(8, os.cpu_count() or 1)
+    waiting: deque[Future[tuple[bytes, list[tuple[int, int]]]]] = deque()
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(lambda part: [read_image(path) for path in part], chunk))
-            if len(waiting) > ahead:
-                yield waiting.pop(0).result()
+        for start in range(0, len(paths), CHUNK):
+            waiting.append(pool.submit(decode_chunk, list(paths[start : start + CHUNK])))
+            if len(waiting) > 2 * MOST_DECODERS:
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.pop(0).result()
+            yield waiting.popleft().result()
     finally:
         for future in waiting:
             future.cancel()

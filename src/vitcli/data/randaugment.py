@@ -52,7 +52,7 @@ def apply(name: str, images: Images, draws: NDArray[np.float64], *, level: float
     if name == "Invert":
         return 255 - images
     if name == "Posterize":
-        shift = min(7, max(0, 8 - int(level * 4)))
+        shift = np.uint8(min(7, max(0, 8 - int(level * 4))))
         return ((images >> shift) << shift).astype(np.uint8)
     if name == "Solarize":
         return np.where(images < int(level * 256), images, 255 - images)

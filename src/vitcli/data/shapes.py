@@ -28,9 +28,9 @@ Singles = NDArray[np.float32]  # numbers that paint
 VERSION = 1  # of the images: raise it whenever a pixel changes, so that no result is taken for one on the new images
 MAX_CLASSES = 21_000  # ImageNet-21k's order of magnitude
 MIN_SIDE, MAX_SIDE = 16, 512  # px
-BEHIND, PARTS, BEFORE = 1, 4, 0  # clutter behind, the object's body and what sits on it, clutter before
+PARTS = 4  # of an object: its body and what sits on it
+LAYERS = 1 + PARTS  # one random thing stands behind the object
 HARMONICS = 6  # of a contour
-LAYERS = BEHIND + PARTS + BEFORE
 PART_DRAWS = HARMONICS + 15  # uniform numbers that make one thing
 SCENE_DRAWS = 34  # uniform numbers that make a scene's pose, light, background and noise
 JITTER_DRAWS = HARMONICS + 13  # normal numbers that vary one thing
@@ -266,11 +266,10 @@ class ShapesSource:
             angle=0.4 * (u[:, 7:10].sum(1) - 1.5),
             flip=np.where(u[:, 10] < 0.5, -1.0, 1.0),
         )
-        clutter = things_from(uniform(self.clutter_seed, i, (BEHIND + BEFORE) * PART_DRAWS).reshape(B, -1, PART_DRAWS))
-        clutter = replace(clutter, centre=(2 * u[:, 11 : 11 + 2 * (BEHIND + BEFORE)].reshape(B, -1, 2) - 1) * 1.1 * self.reach)
+        clutter = things_from(uniform(self.clutter_seed, i, PART_DRAWS).reshape(B, 1, PART_DRAWS))
+        clutter = replace(clutter, centre=(2 * u[:, None, 11:13] - 1) * 1.1 * self.reach)
         light = 0.2 * (u[:, None, 17:20] - 0.5)
-        around, thing = pack(clutter, light, self.pixels), pack(parts, light, self.pixels)
-        layers = np.concatenate([around[:, :BEHIND], thing, around[:, BEHIND:]], 1)
+        layers = np.concatenate([pack(clutter, light, self.pixels), pack(parts, light, self.pixels)], 1)
 
         colours = 0.6 * design[:, :6] + 0.4 * u[:, 20:26]
         first, second = muted(colours[:, :3]), muted(colours[:, 3:])

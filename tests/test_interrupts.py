@@ -1,0 +1,40 @@
+"""Signals become an exception, at once or where the loop asks."""
+
+import os
+import signal
+
+import pytest
+
+from vitcli.errors import Interrupted
+from vitcli.interrupts import StopSignals
+
+
+def test_outside_deferred_a_signal_raises_at_once() -> None:
+    with pytest.raises(Interrupted) as caught, StopSignals().installed():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
+
+
+def test_inside_deferred_it_waits_and_a_second_one_changes_nothing() -> None:
+    stop, reached = StopSignals(), []
+    with pytest.raises(Interrupted) as caught, stop.installed(), stop.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("saved")
+        stop.check()
+        reached.append("not here")
+    assert reached == ["saved"]
+    assert caught.value.exit_code == 130
+
+
+def test_a_signal_at_the_end_of_the_block_is_not_lost() -> None:
+    stop = StopSignals()
+    with pytest.raises(Interrupted), stop.installed(), stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals().installed():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitcli.errors import DataError
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from vitcli import __version__
 from vitcli.errors import Interrupted, UserError
 
 __all__ = ["app", "main"]
@@ -40,6 +39,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 def show_version(wanted: bool) -> None:
     if wanted:
+        from vitcli import __version__
+
         typer.echo(f"vit {__version__}")
         raise typer.Exit
 

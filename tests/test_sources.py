@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import http.server
-import io
 import logging
 import os
 import pickle
@@ -24,7 +23,7 @@ from vitcli.config import AugmentConfig, DataConfig
 from vitcli.data.cache import decode_once
 from vitcli.data.folders import open_folder
 from vitcli.data.images import read_image, to_rgb
-from vitcli.data.preview import preview, save_preview
+from vitcli.data.preview import pick, preview
 from vitcli.data.sources import ArraySource, DecodedSource, FileSource, Source, open_source
 from vitcli.data.transforms import TrainTransform
 from vitcli.errors import DataError
@@ -517,7 +516,12 @@ def test_preview_of_any_source(tmp_path: Path) -> None:
     assert sheet.size == (6 * 100 + 4, 10 * 116 + 4)
     transform = TrainTransform(AugmentConfig(crop="inception"), image_size=(32, 16))
     mixed = open_source(f"folder:{make_set(tmp_path, mixed=True)}", split="train", data=section())
-    save_preview(mixed, tmp_path / "sheets" / "mixed.png", transform=transform)
-    with Image.open(tmp_path / "sheets" / "mixed.png") as image:
-        assert image.format == "PNG"
-    assert len(io.BytesIO((tmp_path / "sheets" / "mixed.png").read_bytes()).getvalue()) > 1000
+    augmented = preview(mixed, rows=2, columns=3, transform=transform)
+    assert augmented.size == (3 * 100 + 4, 2 * 116 + 4)
+    assert np.asarray(augmented).std() > 10, "an empty sheet"
+
+
+def test_preview_of_the_corpus_has_a_row_for_each_class() -> None:
+    corpus = open_source("shapes", split="train", data=section())
+    labels = [corpus[index][1] for index in pick(corpus, rows=3, columns=4, seed=0).tolist()]
+    assert labels == [0] * 4 + [49] * 4 + [99] * 4

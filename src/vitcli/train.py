@@ -57,12 +57,12 @@ def finetune(
     }
     recipe = None
     if config_path is None:
-        # a first reading, for the data and the run directory it names; the length stands in for the recipe's
-        draft, _ = read_config(None, overrides, base={**facts, "train": {"steps": 1}}, base_name="checkpoint")
+        # a first reading, for the data and the run directory it names; the numbers stand in for the recipe's
+        draft_length = {"steps": 1 << 40, "batch_size": 1 << 40}
+        draft, _ = read_config(None, overrides, base={**facts, "train": draft_length}, base_name="checkpoint")
         assert draft.out is not None
-        recipe = (read_json(draft.out / MANIFEST) or {}).get(
-            "recipe"
-        )  # a resumed run keeps its recipe, also on another machine
+        # a resumed run keeps its recipe, also on another machine
+        recipe = (read_json(draft.out / MANIFEST) or {}).get("recipe")
         if recipe is None:
             train_source = open_source(dataset, split="train", data=draft.data)
             made = finetune_recipe(

@@ -1,17 +1,17 @@
 """Contact sheets: what a source holds, or what augmentation makes of it, as one labelled picture."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vitcli.data.shapes import ShapesSource
 from vitcli.data.sources import Source
 from vitcli.data.transforms import TrainTransform
 from vitcli.randomness import derive_seed, permute
 
-__all__ = ["contact_sheet", "preview", "save_preview"]
+__all__ = ["contact_sheet", "preview"]
 
 CELL = 96  # px, side of a picture on the sheet
 CAPTION = 16  # px, height of the line below it
@@ -22,8 +22,6 @@ def preview(
     source: Source, *, rows: int = 8, columns: int = 8, transform: TrainTransform | None = None, seed: int = 0
 ) -> Image.Image:
     """Draw a sheet of examples: a row for each of `rows` classes spread over all, `columns` examples of each.
-
-    Sources that know their labels only by making the images fill the sheet in shuffled order.
 
     Args:
         transform: show the images after this augmentation, in as many passes as a class has too few examples.
@@ -41,20 +39,16 @@ def preview(
     return contact_sheet(images, captions, columns=columns)
 
 
-def save_preview(source: Source, path: Path, *, transform: TrainTransform | None = None, seed: int = 0) -> None:
-    """Write `preview` as a PNG file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    preview(source, transform=transform, seed=seed).save(path, format="PNG")
-
-
 def pick(source: Source, *, rows: int, columns: int, seed: int) -> NDArray[np.int64]:
     """Choose the indices to show, (n,)."""
-    if source.labels is None:
-        return permute(np.arange(min(rows * columns, len(source))), len(source), derive_seed(seed, "preview"))
+    labels = source.labels
+    if isinstance(source, ShapesSource):  # in every block of as many examples as classes each class comes once
+        labels = source.label_of(np.arange(min(len(source), columns * len(source.classes))))
+    assert labels is not None
     shown = np.unique(np.linspace(0, len(source.classes) - 1, rows).astype(np.int64))
     picked = []
     for label in shown.tolist():
-        members = np.flatnonzero(source.labels == label)
+        members = np.flatnonzero(labels == label)
         if len(members):
             order = permute(np.arange(min(columns, len(members))), len(members), derive_seed(seed, "preview", label))
             picked.append(np.resize(members[order], columns))  # repeats them when there are too few

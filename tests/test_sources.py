@@ -522,6 +522,6 @@ def test_preview_of_any_source(tmp_path: Path) -> None:
 
 
 def test_preview_of_the_corpus_has_a_row_for_each_class() -> None:
-    corpus = open_source("shapes", split="train", data=section())
+    corpus = open_source("shapes", split="train", data=section(image_size=32))
     labels = [corpus[index][1] for index in pick(corpus, rows=3, columns=4, seed=0).tolist()]
     assert labels == [0] * 4 + [49] * 4 + [99] * 4

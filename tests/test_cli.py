@@ -14,7 +14,6 @@ from PIL import Image
 
 from vitcli.checkpoint import load_weights_file
 from vitcli.cli import main
-from vitcli.errors import ConfigError
 
 TINY = """
 model: {patch_size: 8, width: 32, depth: 1, num_heads: 2}
@@ -216,9 +215,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(trained: Path, words: list[str]
     assert not (trained / "runs" / "x" / "checkpoints").exists()
 
 
-def test_debug_raises_the_error_itself(trained: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        vit("pretrain", "--config", "nowhere.yaml", "--debug", cwd=trained)
+def test_debug_adds_the_traceback_and_keeps_the_exit_code(trained: Path) -> None:
+    result = vit("pretrain", "--config", "nowhere.yaml", "--debug", cwd=trained)
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
 
 
 def test_the_module_runs_as_a_program(trained: Path) -> None:

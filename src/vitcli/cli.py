@@ -1,13 +1,16 @@
 """The command line: each command turns its words into one call; heavy imports wait inside the commands."""
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitcli.errors import Interrupted, UserError
+from vitcli.interrupts import StopSignals
 
 __all__ = ["app", "main"]
 
@@ -56,7 +59,11 @@ def root(
 
 def as_overrides(words: list[str] | None, **options: Path | None) -> list[str]:
     """Put options that are short for a setting behind the overrides, so that they win."""
-    said = [f"{key.replace('__', '.')}={json.dumps(str(value))}" for key, value in options.items() if value is not None]
+    said = [
+        f"{key.replace('__', '.')}={json.dumps(str(value), ensure_ascii=False)}"
+        for key, value in options.items()
+        if value is not None
+    ]
     return [*(words or []), *said]
 
 
@@ -118,12 +125,16 @@ def evaluate(
     """Evaluate a checkpoint: top-1, top-5, loss and per-class accuracy, every image counted exactly once."""
     from vitcli.train import evaluate_checkpoint
 
-    result = evaluate_checkpoint(ckpt, dataset=dataset, data_root=data_root, batch_size=batch_size)
+    def warn(text: str) -> None:
+        typer.echo(text, err=True)
+
+    result = evaluate_checkpoint(ckpt, dataset=dataset, data_root=data_root, batch_size=batch_size, say=warn)
     if as_json:
         typer.echo(json.dumps(result))
         return
     typer.echo(f"{result['checkpoint']} on {result['dataset']}: {result['examples']:,} images")
-    typer.echo(f"top-1  {percent(result['top1'])}\ntop-5  {percent(result['top5'])}\nloss   {result['loss']:.4f}")
+    loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
+    typer.echo(f"top-1  {percent(result['top1'])}\ntop-5  {percent(result['top5'])}\nloss   {loss}")
     width = max(len(row["class"]) for row in result["per_class"])
     for row in result["per_class"]:
         typer.echo(f"  {row['class']:<{width}}  {percent(row['accuracy'])}  of {row['examples']:,}")
@@ -162,9 +173,15 @@ def schema(as_json: Annotated[bool, typer.Option("--json", help="print a JSON sc
     from vitcli.config import Config
 
     if as_json:
-        typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+        typer.echo(json.dumps(without_required(Config.model_json_schema()), indent=2))
         return
     typer.echo("\n".join(setting_lines(Config)))
+
+
+def without_required(schema: dict[str, Any]) -> dict[str, Any]:
+    """Let an editor accept a file that leaves the rest to a recipe, a checkpoint or overrides."""
+    sections = {name: without_required(section) for name, section in schema.get("$defs", {}).items()}
+    return {k: v for k, v in schema.items() if k != "required"} | ({"$defs": sections} if sections else {})
 
 
 def setting_lines(section: Any, prefix: str = "") -> list[str]:
@@ -181,15 +198,17 @@ def setting_lines(section: Any, prefix: str = "") -> list[str]:
 def main() -> None:
     """Run the command line; errors for users are one line on stderr and exit code 2, signals 128 + their number."""
     try:
-        app()
-    except (UserError, Interrupted) as error:
-        if "--debug" in sys.argv:
-            raise
-        typer.echo(f"vit: {error}", err=True)
-        sys.exit(error.exit_code)
+        with StopSignals().installed():
+            app()
     except BrokenPipeError:  # `vit schema | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush has somewhere to go
         sys.exit(141)
+    except (UserError, Interrupted, OSError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        typer.echo(f"vit: {where}{error.strerror or error if isinstance(error, OSError) else error}", err=True)
+        sys.exit(getattr(error, "exit_code", 2))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ them; the root goes to none of the leaves. `null` means "chosen when the run is 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 __all__ = [
     "VARIANTS",
@@ -50,7 +50,8 @@ def as_pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(as_pair)]  # (height, width), px
+Sides = tuple[PositiveInt, PositiveInt]
+ImageSize = Annotated[Sides, BeforeValidator(as_pair, json_schema_input_type=PositiveInt | Sides)]  # (height, width), px
 
 
 def machine(default: Any, description: str, **rules: Any) -> Any:
@@ -61,7 +62,15 @@ def machine(default: Any, description: str, **rules: Any) -> Any:
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where they would silently become 1 and 0."""
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("something else than true or false")
+        return value
 
 
 class ModelConfig(Section):

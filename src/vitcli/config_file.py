@@ -26,6 +26,12 @@ class PlainLoader(yaml.SafeLoader):
     """YAML 1.1 without its traps: `3e-4` is a number, and a key given twice is an error."""
 
 
+for first, resolvers in list(PlainLoader.yaml_implicit_resolvers.items()):
+    # 010 is ten and not eight, 1:30 is no number of seconds, and a date is text
+    dropped = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    PlainLoader.yaml_implicit_resolvers[first] = [(tag, pattern) for tag, pattern in resolvers if tag not in dropped]
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+PlainLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
 PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -84,6 +90,9 @@ class Layers:
             except yaml.YAMLError:
                 raise ConfigError(f"{word}: the value is not YAML; quote it for the shell") from None
             parsed |= flatten({key: value}) if isinstance(value, dict) else {key: value}
+        lengths = [f"train.{unit}" for unit in LENGTHS if parsed.get(f"train.{unit}") is not None]
+        if len(lengths) > 1:
+            raise ConfigError(f"{' and '.join(lengths)} are both given; give exactly one of steps, epochs and examples")
         for key, value in parsed.items():
             self.add({key: value}, {}, f"{key}={value}")
 
@@ -232,6 +241,10 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("data.std", f"is {list(data.std)}; every number must be above 0")
     if train.freeze_backbone and train.ema_decay is not None:
         fail("train.ema_decay", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
+    if data.source == "shapes" and not all(16 <= side <= 512 for side in data.image_size):
+        fail(
+            "data.image_size", f"is {data.image_size[0]} x {data.image_size[1]}; the source shapes makes images of 16 to 512 px"
+        )
     check_model(config.model, data.image_size, layers)
 
 
@@ -253,9 +266,9 @@ def check_model(model: ModelConfig, image_size: tuple[int, int], layers: Layers)
             f"{layers.where('model.num_heads')}: model.width is {sizes.width}, "
             f"which model.num_heads ({sizes.num_heads}) does not divide"
         )
-    if sizes.pos_embed == "sincos2d" and sizes.width % 4:
+    if sizes.pos_embed == "sincos2d" and (sizes.width % 4 or sizes.width < 8):
         raise ConfigError(
-            f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width divisible by 4, not {sizes.width}"
+            f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width from 8 on that 4 divides, not {sizes.width}"
         )
 
 

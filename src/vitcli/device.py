@@ -1,7 +1,7 @@
 """What the machine is and what is fast on it: device, precision, memory allocator."""
 
+import contextlib
 import ctypes
-import os
 import platform
 import statistics
 import sys
@@ -77,10 +77,13 @@ def memory_bytes(device: torch.device) -> int | None:
     """Return the memory that training may use: free GPU memory, or what the operating system calls available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
+    limits = []
+    with contextlib.suppress(OSError, StopIteration):  # what can be had without swapping: the page cache counts as free
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=None)
 
 
 def hardware(device: torch.device) -> str:

@@ -29,9 +29,15 @@ class RunExistsError(UserError):
     """The run directory belongs to another config, or another process is writing to it."""
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; everything worth keeping is saved before this reaches the command line."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; everything worth keeping is saved before this reaches the command line.
+
+    No `Exception`, as KeyboardInterrupt is none: who catches a broken image must not catch this.
+    """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}")
+        super().__init__(signum)
         self.exit_code = 128 + signum
+
+    def __str__(self) -> str:
+        return f"stopped by signal {self.args[0]}"

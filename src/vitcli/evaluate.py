@@ -116,9 +116,9 @@ def evaluate(
                 # of zeros scores what chance scores. Logits that are not numbers are never right.
                 ahead = (logits > own) | ((logits == own) & (ranks < labels[:, None]))
                 rank = ahead.sum(1) + num_classes * logits.isnan().any(1)  # (b,)
-                hits += torch.bincount(labels[rank == 0], minlength=num_classes)
+                hits.index_add_(0, labels, (rank == 0).long())
                 hits_top5 += (rank < top).sum()
-                counts += torch.bincount(labels, minlength=num_classes)
+                counts.index_add_(0, labels, torch.ones_like(labels))
                 if loss == "softmax":
                     loss_sum += F.cross_entropy(logits, labels, reduction="sum")
                 else:

@@ -22,17 +22,18 @@ from vitcli.config_file import flatten
 from vitcli.data.loader import Batch, eval_batches, train_batches
 from vitcli.data.sources import Source
 from vitcli.data.transforms import EvalTransform, TrainTransform, mix_batch, normalise
-from vitcli.errors import Interrupted, UserError
+from vitcli.errors import DataError, Interrupted, UserError
 from vitcli.evaluate import EvalResult, evaluate
 from vitcli.interrupts import StopSignals
 from vitcli.logs import RunLog
 from vitcli.models import build_model
+from vitcli.models.vit import VisionTransformer
 from vitcli.optim import build_optimizer, clip_gradients, ema_start, ema_update, weight_norm
 from vitcli.plan import Plan, lr_of_step
 from vitcli.randomness import derive_seed
-from vitcli.weights import load_weights
+from vitcli.weights import LoadReport, load_weights
 
-__all__ = ["Job", "classification_loss", "evaluate_source", "fit", "soft_targets"]
+__all__ = ["Job", "classification_loss", "evaluate_source", "fit", "load_start", "soft_targets"]
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,19 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
                     write_row(state, job, log, sums, gradient_norm)
                 if save_now:
                     save(state, job, log)
-        except Interrupted:
+        except (Interrupted, DataError):
             if state.step > 0:
                 if sums[2] > 0:
                     write_row(state, job, log, sums, gradient_norm)
                 save(state, job, log)
                 say(f"stopped at step {state.step:,}, saved; the same command goes on from there")
             raise
+        except torch.OutOfMemoryError as error:
+            half = max(1, train.micro_batch_size // 2)
+            raise UserError(
+                f"{config.out}: out of memory with {train.micro_batch_size} images at once after step {state.step}; "
+                f"set train.micro_batch_size={half} (with another --out once there is a checkpoint)"
+            ) from error
 
 
 def start_state(job: Job, *, say: Callable[[str], None]) -> State:
@@ -121,10 +128,7 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> State:
     # Start precedence: this run's own checkpoint, then --ckpt, then scratch.
     resume_from = latest_checkpoint(config.out, say=say)
     if resume_from is None and job.start is not None:
-        height, width = job.start.preprocessing["image_size"]
-        patch = job.start.model["patch_size"]
-        report = load_weights(model, job.start.state, reset_head=True, old_grid=(height // patch, width // patch))
-        say(f"weights from {job.start.source_path}: {report.summary()}")
+        say(f"weights from {job.start.source_path}: {load_start(model, job.start).summary()}")
     if config.train.freeze_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("head."))
@@ -139,6 +143,13 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> State:
         ema = {name: saved.ema_state[name].to(device) for name in ema}
     say(f"resuming {config.out} from step {saved.step:,}")
     return State(model, optimizer, ema, saved.step)
+
+
+def load_start(model: VisionTransformer, start: Pretrained) -> LoadReport:
+    """Load weights to start from into a model with a new head, resizing position embeddings; raises CheckpointError."""
+    height, width = start.preprocessing["image_size"]
+    patch = start.model["patch_size"]
+    return load_weights(model, start.state, reset_head=True, old_grid=(height // patch, width // patch))
 
 
 def train_step(state: State, parts: list[Batch], job: Job, forward: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor:
@@ -167,8 +178,9 @@ def train_step(state: State, parts: list[Batch], job: Job, forward: Callable[[Te
         loss = classification_loss(logits.float(), targets, kind=train.loss)
         (loss * (len(labels) / train.batch_size)).backward()
         with torch.no_grad():
-            hits = (logits.argmax(1) == targets.argmax(1)).sum()
-            sums += torch.stack([loss.double() * len(labels), hits.double(), hits.new_tensor(len(labels)).double()])
+            sums[0] += loss.double() * len(labels)
+            sums[1] += (logits.argmax(1) == targets.argmax(1)).sum()
+            sums[2] += len(labels)
     gradient_norm = clip_gradients(model.parameters(), config.optim.grad_clip)
     state.optimizer.step()
     if state.ema is not None and train.ema_decay is not None:
@@ -208,7 +220,7 @@ def save(state: State, job: Job, log: RunLog) -> None:
         "preprocessing": preprocessing_of(config),
         "source": config.data.source,
         "data": config.data.model_dump(mode="json", include={"shapes", "val_fraction"}),
-        "loss": config.train.loss,
+        "train": config.train.model_dump(mode="json", include={"loss", "precision"}),
         "seed": config.seed,
     }
     with log.paused():
@@ -283,7 +295,9 @@ def evaluate_source(
     """Evaluate on every image of a source once, with the config's preprocessing, loss and precision."""
     data = config.data
     transform = EvalTransform(image_size=data.image_size, crop_fraction=data.eval_crop_fraction)
-    batches = eval_batches(source, transform, batch_size=batch_size, workers=data.workers or 0)
+    batches = eval_batches(
+        source, transform, batch_size=batch_size, workers=data.workers or 0, pin_memory=device.type == "cuda"
+    )
     return evaluate(
         model,
         batches,

@@ -24,8 +24,8 @@ class StopSignals:
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Raise at once, or remember the signal."""
         del frame
-        first, self.received = self.received is None, self.received or signum
-        if first and not self.defer:
+        self.received = self.received or signum
+        if not self.defer:
             raise Interrupted(signum)
 
     def check(self) -> None:

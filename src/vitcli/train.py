@@ -15,7 +15,7 @@ from vitcli.data.transforms import TrainTransform
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
 from vitcli.errors import ConfigError, RunExistsError
 from vitcli.evaluate import map_classes
-from vitcli.fit import Job, evaluate_source, fit
+from vitcli.fit import Job, evaluate_source, fit, load_start
 from vitcli.interrupts import StopSignals
 from vitcli.models import build_model
 from vitcli.models.flops import forward_flops
@@ -62,7 +62,7 @@ def finetune(
         draft, _ = read_config(None, overrides, base={**facts, "train": draft_length}, base_name="checkpoint")
         assert draft.out is not None
         # a resumed run keeps its recipe, also on another machine
-        recipe = (read_json(draft.out / MANIFEST) or {}).get("recipe")
+        recipe = (read_json(draft.out / MANIFEST) or {}).get("recipe") if begun(draft.out) else None
         if recipe is None:
             train_source = open_source(dataset, split="train", data=draft.data)
             made = finetune_recipe(
@@ -70,7 +70,7 @@ def finetune(
                 model=pretrained.model,
                 preprocessing=pretrained.preprocessing,
                 num_examples=len(train_source),
-                forward_flops=flops_of(pretrained),
+                forward_flops=flops_of(pretrained, image_size=draft.data.image_size),
                 flops_per_second=flops_per_second(choose_device(draft.train.device)),
             )
             recipe = made.settings
@@ -84,6 +84,8 @@ def finetune(
         raise ConfigError(
             f"{layers.where('data.source')}: data.source is {config.data.source}, but --dataset is {dataset}; drop one"
         )
+    if config.ckpt != ckpt or config.from_scratch != from_scratch:
+        raise ConfigError("ckpt and from_scratch are given by --ckpt and --from-scratch here; drop them from the settings")
     for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
         if getattr(config.model, key) != pretrained.model[key]:
             raise ConfigError(
@@ -99,11 +101,11 @@ def checkpoint_facts(pretrained: Pretrained, dataset: str) -> dict[str, Any]:
     return {"model": model, "data": {"source": dataset, **pretrained.preprocessing}}
 
 
-def flops_of(pretrained: Pretrained) -> int:
+def flops_of(pretrained: Pretrained, *, image_size: tuple[int, int]) -> int:
     keys = ("patch_size", "width", "depth", "mlp_dim", "pool")
     sizes = {key: pretrained.model[key] for key in keys}
     return forward_flops(
-        image_size=tuple(pretrained.preprocessing["image_size"]),
+        image_size=image_size,
         num_classes=len(pretrained.classes),
         representation_size=None,
         **sizes,
@@ -124,12 +126,17 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
     assert config.out is not None
     out = config.out
     keep_freed_memory()
+    if config.train.freeze_backbone and start is None:
+        raise ConfigError("train.freeze_backbone keeps random weights when nothing is loaded; give a checkpoint, or drop it")
     refuse_other(out, config)
     summary = read_json(out / SUMMARY)
     if dry_run:
         job = prepare(config, start=start)
         checkpoint = latest_checkpoint(out, say=say)
-        origin = "scratch" if start is None else f"{start.source_path} (step {start.step:,}), with a new head"
+        origin = "scratch"
+        if start is not None:
+            model = build_model(job.config.model, image_size=config.data.image_size, num_classes=job.plan.num_classes)
+            origin = f"{start.source_path} (step {start.step:,}): {load_start(model, start).summary()}"
         if checkpoint is not None:
             origin = f"{checkpoint}, {'finished' if summary else 'to resume'}"
         say("\n".join([*describe(job.plan), f"start       {origin}"]))
@@ -140,7 +147,7 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
     stop = StopSignals()
     with stop.installed(), lock_run(out):
         job = prepare(config, start=start)
-        if not (out / MANIFEST).exists():
+        if not begun(out):
             for line in describe(job.plan):
                 say(line)
             sources = {"train": job.train_source.fingerprint, "val": job.val_source.fingerprint}
@@ -164,9 +171,19 @@ def headline(summary: dict[str, Any]) -> str:
     return f"top-1 {100 * summary['top1']:.2f} %, {summary['step']:,} steps, {minutes} min {seconds} s of training"
 
 
+def begun(out: Path) -> bool:
+    """Tell whether a run has something to lose: a checkpoint, damaged or not, or a summary.
+
+    One that ended before its first checkpoint, say for want of memory, must not bind the corrected command.
+    """
+    return (out / SUMMARY).exists() or any((out / "checkpoints").glob("step_*"))
+
+
 def refuse_other(out: Path, config: Config) -> None:
     """Raise RunExistsError if the directory holds a run with another config, or something that is no run."""
     manifest = read_json(out / MANIFEST)
+    if manifest is not None and not begun(out):
+        return
     if manifest is None:
         strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
         if set(strangers) - {CONFIG, "checkpoints", "tensorboard", "metrics.jsonl"}:
@@ -208,7 +225,7 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
     val_source = open_source(config.data.source, split="val", data=config.data)
     num_classes = len(train_source.classes)
     manifest = read_json(config.out / MANIFEST)
-    if manifest is not None:
+    if manifest is not None and begun(config.out):
         before = stored_config(config.out / CONFIG)
         log = before.log.model_copy(update={key: value for key, value in config.log if value is not None})
         config = config.model_copy(update={"model": before.model, "optim": before.optim, "train": before.train, "log": log})
@@ -232,7 +249,9 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
 # ---------------------------------------------------------------- without training
 
 
-def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | None, batch_size: int) -> dict[str, Any]:
+def evaluate_checkpoint(
+    ckpt: Path, *, dataset: str | None, data_root: Path | None, batch_size: int, say: Say
+) -> dict[str, Any]:
     """Evaluate a run, checkpoint or weights file on a data set's evaluation split; return plain numbers.
 
     Raises:
@@ -240,14 +259,14 @@ def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | No
         DataError: the data set is missing, or has classes the checkpoint does not know.
     """
     keep_freed_memory()
-    pretrained = load_weights_file(ckpt)
-    overrides = [] if data_root is None else [f"data.root={json.dumps(str(data_root))}"]
+    pretrained = load_weights_file(ckpt, say=say)
+    overrides = [] if data_root is None else [f"data.root={json.dumps(str(data_root), ensure_ascii=False)}"]
     data_settings = {
         **pretrained.manifest["data"],
         **pretrained.preprocessing,
         "source": dataset or str(pretrained.manifest["source"]),
     }
-    base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, "loss": pretrained.manifest["loss"]}}
+    base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest["train"]}}
     config, _ = read_config(None, overrides, base=base, base_name=str(ckpt))
     device = choose_device("auto")
     source = open_source(config.data.source, split="val", data=config.data)
@@ -257,10 +276,9 @@ def evaluate_checkpoint(ckpt: Path, *, dataset: str | None, data_root: Path | No
     load_weights(model, pretrained.state, reset_head=False)
     workers = config.data.workers if config.data.workers is not None else choose_workers(source, device.type)
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
-    with StopSignals().installed():
-        result = evaluate_source(
-            model.to(device), source, config, device=device, batch_size=batch_size, num_classes=num_classes, class_map=class_map
-        )
+    result = evaluate_source(
+        model.to(device), source, config, device=device, batch_size=batch_size, num_classes=num_classes, class_map=class_map
+    )
     head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
     return {**head, **result.as_dict(pretrained.classes)}
 
@@ -277,7 +295,9 @@ def preview_data(
 ) -> str:
     """Write a contact sheet of a source's training split and say where; settings come from the config where one is given."""
     base = {"data": {"image_size": 64}, "model": {"variant": "mu/1"}, "train": {"steps": 1}}
-    config, _ = read_config(config_path, [*overrides, f"data.source={json.dumps(source)}"], base=base, base_name="preview")
+    config, _ = read_config(
+        config_path, [*overrides, f"data.source={json.dumps(source, ensure_ascii=False)}"], base=base, base_name="preview"
+    )
     opened = open_source(source, split="train", data=config.data)
     path = out or Path(f"preview-{source.removeprefix('folder:').strip('/').replace('/', '-')}.png")
     transform = TrainTransform(config.augment, image_size=config.data.image_size) if augmented else None

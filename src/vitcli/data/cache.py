@@ -180,6 +180,7 @@ def decoders(images: int) -> Executor:
 def leave_interrupts() -> None:
     """Let Ctrl-C, which reaches all processes, end the main one only; it ends these."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which forked processes inherit
 
 
 def decode_chunk(paths: list[str]) -> tuple[bytes, list[tuple[int, int]]]:

@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -73,8 +74,17 @@ def open_folder(
 
 
 def has_class_folders(path: Path) -> bool:
-    """Tell whether `path` holds `train`, `val` or `test` with at least one folder inside."""
-    return any((path / name).is_dir() and bool(subfolders(path / name)) for name in ("train", *EVALUATION_FOLDERS))
+    """Tell whether `path` holds class folders, by themselves or in `train`, `val` or `test`."""
+    if any((path / name).is_dir() and subfolders(path / name) for name in ("train", *EVALUATION_FOLDERS)):
+        return True
+    with_images = (name for name in (subfolders(path) if path.is_dir() else ()) if holds_images(path / name))
+    return len(list(islice(with_images, 2))) == 2
+
+
+def holds_images(path: Path) -> bool:
+    """Tell whether an image lies directly in a folder; stops at the first."""
+    with os.scandir(path) as entries:
+        return any(os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES for entry in entries)
 
 
 def subfolders(path: Path) -> list[str]:
@@ -90,6 +100,13 @@ def class_names(path: Path) -> list[str]:
     names = subfolders(path)
     if not names:
         raise DataError(f"{path}: no class folders here; expected {path}/<class>/*.jpg")
+    if len(names) == 1:
+        hint = (
+            f"; did you mean folder:{path / names[0]}?"
+            if subfolders(path / names[0])
+            else "; expected one folder for each class"
+        )
+        raise DataError(f"{path}: only one class folder, {names[0]}{hint}")
     return names
 
 

@@ -82,9 +82,10 @@ class EvalTransform:
 
 def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (images / 255 - mean) / std as float32, from uint8 (B, 3, H, W) on any device."""
-    centre = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    spread = torch.tensor(std, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(centre).div_(spread)
+    inputs = images.float().div_(255)
+    for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to wait for
+        inputs[:, channel].sub_(centre).div_(spread)
+    return inputs
 
 
 def mix_batch(images: Tensor, targets: Tensor, *, seed: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ help:  ## list the targets
 # The stamps make a second call quick; a changed pyproject.toml or constraints.txt installs again.
 $(READY): pyproject.toml constraints.txt
 	@echo "== install: vit and what it needs, into $(VENV) (once; torch is large, so this can take minutes)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"vit needs Python 3.11 or newer, found {v[0]}.{v[1]}; say make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"vit needs Python 3.11 or newer, found {v[0]}.{v[1]}; say make PYTHON=python3.12")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@$(PIP) -c constraints.txt -e .
 	@touch $@
 

@@ -221,6 +221,24 @@ def test_debug_adds_the_traceback_and_keeps_the_exit_code(trained: Path) -> None
     assert "Traceback" in result.stderr
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_does_not_bind_the_corrected_command(trained: Path) -> None:
+    words = ("finetune", "--ckpt", "runs/tiny", "--dataset", "digits", "train.steps=2", "--out", "runs/early")
+    fails_with(vit(*words, "model.pool=gap", cwd=trained), "cls_token")
+    assert vit(*words, cwd=trained).returncode == 0
+
+
+def test_settings_that_options_decide_are_refused(trained: Path) -> None:
+    words = ("finetune", "--ckpt", "runs/tiny", "--dataset", "digits", "--out", "runs/y")
+    fails_with(vit(*words, "from_scratch=true", cwd=trained), "given by --ckpt and --from-scratch")
+    fails_with(vit(*words, "--from-scratch", "train.freeze_backbone=true", cwd=trained), "keeps random weights")
+
+
+def test_dry_run_of_fine_tuning_says_what_would_be_loaded(trained: Path) -> None:
+    words = ("finetune", "--ckpt", "runs/tiny", "--dataset", "digits", "--out", "runs/z", "--dry-run")
+    assert "20 tensors: 18 taken, 2 new: head" in vit(*words, cwd=trained).stdout
+    fails_with(vit(*words, "model.pool=gap", cwd=trained), "cls_token")
+
+
 def test_the_module_runs_as_a_program(trained: Path) -> None:
     words = [sys.executable, "-m", "vitcli", "pretrain", "--config", "nowhere.yaml"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=trained, check=False)

@@ -34,6 +34,13 @@ def test_numbers_in_scientific_notation_are_numbers(good: Path) -> None:
     assert load_config(good, ["train.epochs=1e3"]).train.epochs == 1000
 
 
+def test_yamls_number_traps_are_closed(good: Path) -> None:
+    assert load_config(good, ["train.steps=010"]).train.steps == 10
+    assert load_config(good, ["train.steps=1_000"]).train.steps == 1000
+    with pytest.raises(ConfigError, match="train.steps is '1:30'"):
+        load_config(good, ["train.steps=1:30"])
+
+
 def test_an_unknown_key_names_file_line_and_the_nearest_key(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(GOOD.replace("weight_decay", "wieght_decay"))
@@ -60,13 +67,21 @@ def test_an_unknown_key_names_file_line_and_the_nearest_key(tmp_path: Path) -> N
         ("optim.end_lr=1", "optim.end_lr is 1.0, above optim.lr (0.0003)"),
         ("data.shapes.classes=1", "data.shapes.classes is 1; expected greater than or equal to 2"),
         ("data.std=[0,1,1]", "data.std is [0.0, 1.0, 1.0]; every number must be above 0"),
+        ("train.steps=true", "train.steps is True; expected something else than true or false"),
+        ("optim.lr=.inf", "optim.lr is inf; expected a finite number"),
+        ("data.image_size=8", "data.image_size is 8 x 8; shapes makes images of 16 to 512 px"),
+        (
+            "model.pos_embed=sincos2d model.width=4 model.num_heads=1",
+            "sincos2d needs a width of 8 or more that 4 divides, not 4",
+        ),
+        ("train.steps=10 train.epochs=2", "train.steps and train.epochs are both given"),
         ("optim", "optim: expected key=value, such as optim.lr=3e-4"),
         ("optim.lr={", "the value is not YAML"),
     ],
 )
 def test_a_bad_override_gets_one_line(good: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(good, [override])
+        load_config(good, override.split(" "))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -1,6 +1,7 @@
 """Signals become an exception, at once or where the loop asks."""
 
 import os
+import pickle
 import signal
 
 import pytest
@@ -38,3 +39,15 @@ def test_handlers_are_restored() -> None:
     with StopSignals().installed():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_nobody_who_catches_a_broken_image_catches_a_signal() -> None:
+    def reader() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise AssertionError("swallowed") from error
+
+    with pytest.raises(Interrupted), StopSignals().installed():
+        reader()
+    assert pickle.loads(pickle.dumps(Interrupted(15))).exit_code == 143

@@ -150,9 +150,25 @@ def test_train_and_val_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("held_out", ["validation", "test"])
 def test_other_names_for_the_held_out_split(tmp_path: Path, held_out: str) -> None:
-    write_images(tmp_path / "train" / "a", 2)
-    write_images(tmp_path / held_out / "a", 3)
-    assert len(open_folder(tmp_path, split="val", val_fraction=0.1).relative) == 3
+    for name in ("a", "b"):
+        write_images(tmp_path / "train" / name, 2)
+        write_images(tmp_path / held_out / name, 3)
+    assert len(open_folder(tmp_path, split="val", val_fraction=0.1).relative) == 6
+
+
+def test_a_folder_one_level_too_high_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_images(tmp_path / "dataset" / name, 2)
+    with pytest.raises(DataError, match=rf"only one class folder, dataset; .* did you mean folder:{tmp_path}/dataset"):
+        open_source(f"folder:{tmp_path}", split="train", data=section())
+
+
+def test_a_named_set_may_lie_as_plain_class_folders(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "pets" / name, 5)
+    opened = [open_source("pets", split=split, data=section(root=tmp_path, val_fraction=0.2)) for split in ("train", "val")]
+    assert [len(source) for source in opened] == [8, 2]
+    assert opened[0].classes == ["cat", "dog"]
 
 
 def test_deterministic_split(tmp_path: Path) -> None:
@@ -194,12 +210,14 @@ def test_folder_mistakes(tmp_path: Path) -> None:
         for name in names:
             write_images(tmp_path / "mismatch" / split / name, 1)
     refuse(tmp_path / "mismatch", "only in train/: a; only in val/: c", split="val")
-    write_images(tmp_path / "eval_only" / "test" / "a", 2)
+    for name in ("a", "b"):
+        write_images(tmp_path / "eval_only" / "test" / name, 1)
+        write_images(tmp_path / "single" / name, 1)
     refuse(tmp_path / "eval_only", "has test/ but no train/")
     assert len(open_source(f"folder:{tmp_path / 'eval_only'}", split="val", data=section())) == 2
-    write_images(tmp_path / "single" / "a", 1)
     refuse(tmp_path / "single", "single image", split="val")
-    write_images(tmp_path / "bad" / "a", 3)
+    for name in ("a", "b"):
+        write_images(tmp_path / "bad" / name, 3)
     for path in (tmp_path / "bad" / "a").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     refuse(tmp_path / "bad", "000..png: cannot read this image")
@@ -412,7 +430,8 @@ def test_named_set_as_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             write_images(tmp_path / "vit-data" / "cifar10" / split / name, 1 if split == "val" else 2)
     val = open_source("cifar10", split="val", data=section())  # the root comes from $VIT_DATA
     assert len(val) == 4 and val.classes == ["cat", "dog"]  # the published test set, not val
-    write_images(tmp_path / "vit-data" / "imagenet" / "val" / "n01440764", 2)
+    for wnid in ("n01440764", "n01443537"):
+        write_images(tmp_path / "vit-data" / "imagenet" / "val" / wnid, 1)
     assert len(open_source("imagenet", split="val", data=section())) == 2
 
 

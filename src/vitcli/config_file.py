@@ -242,9 +242,7 @@ def check_config(config: Config, layers: Layers) -> None:
     if train.freeze_backbone and train.ema_decay is not None:
         fail("train.ema_decay", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
     if data.source == "shapes" and not all(16 <= side <= 512 for side in data.image_size):
-        fail(
-            "data.image_size", f"is {data.image_size[0]} x {data.image_size[1]}; the source shapes makes images of 16 to 512 px"
-        )
+        fail("data.image_size", f"is {data.image_size[0]} x {data.image_size[1]}; shapes makes images of 16 to 512 px")
     check_model(config.model, data.image_size, layers)
 
 
@@ -268,7 +266,8 @@ def check_model(model: ModelConfig, image_size: tuple[int, int], layers: Layers)
         )
     if sizes.pos_embed == "sincos2d" and (sizes.width % 4 or sizes.width < 8):
         raise ConfigError(
-            f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width from 8 on that 4 divides, not {sizes.width}"
+            f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width of 8 or more "
+            f"that 4 divides, not {sizes.width}"
         )
 
 

@@ -101,12 +101,8 @@ def class_names(path: Path) -> list[str]:
     if not names:
         raise DataError(f"{path}: no class folders here; expected {path}/<class>/*.jpg")
     if len(names) == 1:
-        hint = (
-            f"; did you mean folder:{path / names[0]}?"
-            if subfolders(path / names[0])
-            else "; expected one folder for each class"
-        )
-        raise DataError(f"{path}: only one class folder, {names[0]}{hint}")
+        deeper = f"; did you mean folder:{path / names[0]}?" if subfolders(path / names[0]) else ""
+        raise DataError(f"{path}: only one class folder, {names[0]}; expected one for each class{deeper}")
     return names
 
 

@@ -67,6 +67,11 @@ def test_an_unknown_key_names_file_line_and_the_nearest_key(tmp_path: Path) -> N
         ("optim.end_lr=1", "optim.end_lr is 1.0, above optim.lr (0.0003)"),
         ("data.shapes.classes=1", "data.shapes.classes is 1; expected greater than or equal to 2"),
         ("data.std=[0,1,1]", "data.std is [0.0, 1.0, 1.0]; every number must be above 0"),
+        (
+            "data.image_size=[32,48,3]",
+            "data.image_size is [32, 48, 3]; expected one number for a square, or two: [height, width]",
+        ),
+        ("data=shapes", "data is 'shapes'; expected settings below it, such as data.source"),
         ("train.steps=true", "train.steps is True; expected something else than true or false"),
         ("optim.lr=.inf", "optim.lr is inf; expected a finite number"),
         ("data.image_size=8", "data.image_size is 8 x 8; shapes makes images of 16 to 512 px"),
@@ -89,7 +94,7 @@ def test_a_bad_override_gets_one_line(good: Path, override: str, said: str) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (GOOD + "  epochs: 3\n", ":10: train.epochs train.steps and train.epochs are both given; give exactly one"),
+        (GOOD + "  epochs: 3\n", ":10: train.steps and train.epochs are both given; give exactly one"),
         (
             GOOD.replace("  steps: 100", "  batch_size: 8"),
             ": train says nothing; give exactly one of steps, epochs and examples",
@@ -131,6 +136,23 @@ def test_overrides_beat_the_file_and_the_file_beats_the_recipe(good: Path) -> No
         read_config(None, [], base={**base, **load_config(good).model_dump(include={"model", "data"})})[0].optim.warmup_steps
         == 7
     )
+
+
+def test_a_variant_as_an_override_replaces_the_files_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD.replace("variant: Ti/4", "width: 64, depth: 2, num_heads: 2, patch_size: 8"))
+    assert load_config(path, ["model.variant=S/16"]).model.width is None
+    assert load_config(path, ["model.variant=S/16", "model.depth=3"]).model.depth == 3
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.yaml: data is missing"):
+        load_config(tmp_path / "empty.yaml")
+
+
+def test_a_folder_without_a_path_stays_a_name(good: Path) -> None:
+    assert load_config(good, ["data.source=folder:"]).data.source == "folder:"
 
 
 def test_one_number_is_a_square_and_two_are_height_and_width(good: Path) -> None:

@@ -29,22 +29,27 @@ def config(**train: Any) -> Config:
     ("length", "steps"), [({"steps": 7}, 7), ({"epochs": 2}, 21), ({"epochs": 0.5}, 6), ({"examples": 1001}, 11)]
 )
 def test_every_unit_of_length_becomes_steps(length: dict[str, float], steps: int) -> None:
-    resolved = resolve(config(**length), train_examples=1050, device=CPU)
+    resolved = resolve(config(**length), train_examples=1050, val_examples=50, device=CPU)
     assert (resolved.train.steps, resolved.train.epochs, resolved.train.examples) == (steps, None, None)
 
 
 def test_what_is_left_open_gets_a_value_and_what_is_given_keeps_it() -> None:
-    resolved = resolve(config(steps=4000), train_examples=1050, device=CPU)
+    resolved = resolve(config(steps=4000), train_examples=1050, val_examples=50, device=CPU)
     assert resolved.optim.warmup_steps == 200
     assert resolved.model.width == 192
     assert resolved.model.mlp_dim == 768
     assert (resolved.log.log_every_steps, resolved.log.eval_every_steps, resolved.log.checkpoint_every_steps) == (40, 400, 400)
-    assert resolve(config(steps=4000, micro_batch_size=33), train_examples=1050, device=CPU).train.micro_batch_size == 33
-    assert resolve(resolved, train_examples=1050, device=CPU) == resolved
+    assert (
+        resolve(
+            config(steps=4000, micro_batch_size=33), train_examples=1050, val_examples=50, device=CPU
+        ).train.micro_batch_size
+        == 33
+    )
+    assert resolve(resolved, train_examples=1050, val_examples=50, device=CPU) == resolved
 
 
 def test_the_micro_batch_divides_a_large_batch_until_it_fits() -> None:
-    micro = resolve(config(steps=10, batch_size=4096), train_examples=1050, device=CPU).train.micro_batch_size
+    micro = resolve(config(steps=10, batch_size=4096), train_examples=1050, val_examples=50, device=CPU).train.micro_batch_size
     assert micro is not None
     assert micro <= 128
 
@@ -52,11 +57,11 @@ def test_the_micro_batch_divides_a_large_batch_until_it_fits() -> None:
 def test_a_warm_up_longer_than_the_resolved_run_is_refused() -> None:
     long = config(epochs=1).model_copy(update={"optim": config(epochs=1).optim.model_copy(update={"warmup_steps": 11})})
     with pytest.raises(ConfigError, match="warmup_steps is 11, but the run has 11 steps"):
-        resolve(long, train_examples=1050, device=CPU)
+        resolve(long, train_examples=1050, val_examples=50, device=CPU)
 
 
 def test_the_plan_says_what_it_costs() -> None:
-    resolved = resolve(config(steps=4000, micro_batch_size=10), train_examples=1050, device=CPU)
+    resolved = resolve(config(steps=4000, micro_batch_size=10), train_examples=1050, val_examples=50, device=CPU)
     plan = build_plan(resolved, num_classes=1000, train_examples=1050, val_examples=50, device=CPU)
     assert plan.parameters == 5_717_416  # timm's vit_tiny_patch16_224
     assert 2.4e9 < plan.flops_per_image < 2.7e9  # 1.26 G multiply-adds

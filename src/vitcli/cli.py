@@ -57,6 +57,14 @@ def root(
     """Pretrain, fine-tune and evaluate Vision Transformers."""
 
 
+def say(text: str) -> None:
+    """Print a line; who stops reading, as `| head` does, does not stop the training."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def as_overrides(words: list[str] | None, **options: Path | None) -> list[str]:
     """Put options that are short for a setting behind the overrides, so that they win."""
     said = [
@@ -82,7 +90,7 @@ def pretrain(
     """
     from vitcli.train import pretrain as run
 
-    run(config, as_overrides(overrides, out=out, data__root=data_root), dry_run=dry_run, say=typer.echo)
+    run(config, as_overrides(overrides, out=out, data__root=data_root), dry_run=dry_run, say=say)
 
 
 @app.command(epilog="Example: vit finetune --ckpt runs/jft-like --dataset cifar10 train.steps=2000")
@@ -108,7 +116,7 @@ def finetune(
     from vitcli.train import finetune as run
 
     words = as_overrides(overrides, out=out, data__root=data_root)
-    run(ckpt, dataset, config, words, from_scratch=from_scratch, dry_run=dry_run, say=typer.echo)
+    run(ckpt, dataset, config, words, from_scratch=from_scratch, dry_run=dry_run, say=say)
 
 
 @app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")
@@ -155,7 +163,7 @@ def preview(
         Path | None, typer.Option("--out", help="PNG to write; default preview-SOURCE.png", show_default=False)
     ] = None,
     augmented: Annotated[bool, typer.Option("--augmented", help="show images as training sees them")] = False,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="classes shown, a row each")] = 8,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="classes shown, a row each")] = 10,
     columns: Annotated[int, typer.Option("--columns", min=1, help="images of each class")] = 8,
     data_root: DataRoot = None,
     debug: Debug = False,

@@ -47,7 +47,11 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 def as_pair(value: Any) -> Any:
     """Read one side as a square: 224 means (224, 224)."""
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int):
+        return (value, value)
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("one number for a square, or two: [height, width]")
+    return value
 
 
 Sides = tuple[PositiveInt, PositiveInt]
@@ -76,7 +80,10 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The architecture: a variant by name, or explicit sizes; explicit sizes win over the variant's."""
 
-    variant: str | None = Field(None, description="size and patch by name, such as Ti/16, S/32, B/16, L/16 or H/14")
+    variant: str | None = Field(
+        None,
+        description="size and patch by name, such as B/16; as an override it replaces a file's sizes",
+    )
     patch_size: PositiveInt | None = Field(None, description="side of a square patch, px; divides both image sides")
     width: PositiveInt | None = Field(None, description="hidden size D; a multiple of num_heads")
     depth: PositiveInt | None = Field(None, description="number of Transformer blocks")
@@ -190,7 +197,9 @@ class LogConfig(Section):
     """How often numbers, evaluations and checkpoints are written."""
 
     log_every_steps: PositiveInt | None = machine(None, "null takes 1/100 of the run, at most 100")
-    eval_every_steps: PositiveInt | None = Field(None, description="null takes 1/10 of the run")
+    eval_every_steps: PositiveInt | None = Field(
+        None, description="null takes 1/10 of the run, or more where evaluation is costly"
+    )
     checkpoint_every_steps: PositiveInt | None = machine(None, "null takes 1/10 of the run, at most 1,000")
     keep_checkpoints: PositiveInt = machine(2, "newest checkpoints kept")
     sample_images: Count = machine(16, "training images in TensorBoard's sample grid; 0 turns it off")

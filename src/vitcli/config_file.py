@@ -53,6 +53,7 @@ class Layers:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.base_name = base_name
+        self.files: list[str] = []
         if base:
             self.add(flatten(base), {}, base_name)
 
@@ -63,6 +64,9 @@ class Layers:
                 self.values.pop(f"train.{unit}", None)
             if self.origins.get("optim.warmup_steps") == self.base_name:
                 self.values.pop("optim.warmup_steps", None)  # a recipe's warm-up belongs to the recipe's length
+        if values.get("model.variant") is not None:
+            for size in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
+                self.values.pop(f"model.{size}", None)  # a variant replaces the sizes of weaker layers
         for key, value in values.items():
             for old in [k for k in self.values if k.startswith(key + ".") or key.startswith(k + ".")]:
                 del self.values[old]  # `data: null` replaces data.source, and the other way round
@@ -76,6 +80,7 @@ class Layers:
             ConfigError: missing, unreadable, not YAML, not a map, or a key twice.
         """
         values, lines = read_yaml(path)
+        self.files.append(str(path))
         self.add(values, lines, str(path))
 
     def add_overrides(self, overrides: Sequence[str]) -> None:
@@ -89,6 +94,8 @@ class Layers:
                 value = yaml.load(text, PlainLoader)  # a SafeLoader
             except yaml.YAMLError:
                 raise ConfigError(f"{word}: the value is not YAML; quote it for the shell") from None
+            if isinstance(value, dict) and not text.lstrip().startswith("{"):
+                value = text  # `folder:` alone is a name, not a map
             parsed |= flatten({key: value}) if isinstance(value, dict) else {key: value}
         lengths = [f"train.{unit}" for unit in LENGTHS if parsed.get(f"train.{unit}") is not None]
         if len(lengths) > 1:
@@ -101,8 +108,7 @@ class Layers:
         for candidate in (key, *[k for k in self.origins if k.startswith(key + ".")]):
             if candidate in self.origins:
                 return self.origins[candidate]
-        files = [o.rsplit(":", 1)[0] for o in self.origins.values() if re.search(r":\d+$", o)]
-        return files[-1] if files else "config"
+        return self.files[-1] if self.files else self.base_name
 
     def nested(self) -> dict[str, Any]:
         """Return the settings as a nested dictionary."""
@@ -212,6 +218,10 @@ def validate(layers: Layers) -> Config:
         raise ConfigError(f"{where}: {key} is missing; it must be given")
     found = layers.values.get(key, first["input"])
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        expected = (
+            f"settings below it, such as {key}.{next(k.split('.')[1] for k in setting_keys() if k.startswith(f'{key}.'))}"
+        )
     raise ConfigError(f"{where}: {key} is {found!r}; expected {expected}")
 
 
@@ -224,8 +234,9 @@ def check_config(config: Config, layers: Layers) -> None:
 
     given = [unit for unit in LENGTHS if getattr(train, unit) is not None]
     if len(given) != 1:
-        said = " and ".join(f"train.{unit}" for unit in given) + " are both given" if given else "says nothing"
-        fail(f"train.{given[-1]}" if given else "train", f"{said}; give exactly one of steps, epochs and examples")
+        said = " and ".join(f"train.{unit}" for unit in given) + " are both given" if given else "train says nothing"
+        where = layers.where(f"train.{given[-1]}" if given else "train")
+        raise ConfigError(f"{where}: {said}; give exactly one of steps, epochs and examples")
     if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
         fail(
             "train.micro_batch_size",

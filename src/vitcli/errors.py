@@ -4,6 +4,8 @@ The command line prints such an error as one line (what, where, what was expecte
 `--debug` shows the traceback. Anything else that escapes is a defect of ours and keeps its traceback.
 """
 
+import signal
+
 __all__ = ["CheckpointError", "ConfigError", "DataError", "Interrupted", "RunExistsError", "UserError"]
 
 
@@ -40,4 +42,4 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
     def __str__(self) -> str:
-        return f"stopped by signal {self.args[0]}"
+        return f"stopped by {signal.Signals(self.args[0]).name}"

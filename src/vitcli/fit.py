@@ -110,6 +110,8 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
                     write_row(state, job, log, sums, gradient_norm)
                 save(state, job, log)
                 say(f"stopped at step {state.step:,}, saved; the same command goes on from there")
+            else:
+                say("stopped before the first step; there was nothing to save")
             raise
         except torch.OutOfMemoryError as error:
             half = max(1, train.micro_batch_size // 2)

@@ -160,11 +160,14 @@ class RunLog:
         """Say one line on the console, above the bar if there is one."""
         if self.quiet:
             return
-        if self.bar is not None:
-            self.bar.write(text, file=self.stream)
-        else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+        try:
+            if self.bar is not None:
+                self.bar.write(text, file=self.stream)
+            else:
+                self.stream.write(text + "\n")
+            self.stream.flush()
+        except BrokenPipeError:  # `vit pretrain ... 2>&1 | head`: who stops reading does not stop the training
+            self.quiet = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:

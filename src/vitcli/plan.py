@@ -51,7 +51,7 @@ def lr_of_step(config: Config, step: int) -> float:
     )
 
 
-def resolve(config: Config, *, train_examples: int, device: torch.device) -> Config:
+def resolve(config: Config, *, train_examples: int, val_examples: int, device: torch.device) -> Config:
     """Return the config with every `null` that planning decides replaced by its value."""
     model = resolve_model(config.model)
     train, optim, log = config.train, config.optim, config.log
@@ -67,6 +67,8 @@ def resolve(config: Config, *, train_examples: int, device: torch.device) -> Con
         raise ConfigError(f"optim.warmup_steps is {warmup_steps}, but the run has {steps} steps; make it shorter")
     micro = train.micro_batch_size or _micro_batch_size(config, device)
     assert model.width is not None
+    # An image costs a third at evaluation of what it costs in training: ten evaluations, unless they would take over 15 %
+    evaluations = min(10, max(1, int(0.15 * 3 * steps * train.batch_size / val_examples)))
     return config.model_copy(
         update={
             "model": model,
@@ -83,7 +85,7 @@ def resolve(config: Config, *, train_examples: int, device: torch.device) -> Con
             "log": log.model_copy(
                 update={
                     "log_every_steps": log.log_every_steps or max(1, min(100, steps // 100)),
-                    "eval_every_steps": log.eval_every_steps or max(1, math.ceil(steps / 10)),
+                    "eval_every_steps": log.eval_every_steps or math.ceil(steps / evaluations),
                     "checkpoint_every_steps": log.checkpoint_every_steps or max(1, min(1000, math.ceil(steps / 10))),
                 }
             ),

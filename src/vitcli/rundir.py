@@ -56,9 +56,7 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = RunLock(path)
     except OSError as error:
-        raise UserError(
-            f"{run_dir}: cannot be written ({error.strerror}); choose another run directory with out=PATH"
-        ) from error
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror}); choose another run directory with --out") from error
     assert lock.descriptor is not None
     try:
         try:
@@ -67,12 +65,10 @@ def lock_run(run_dir: Path) -> Iterator[None]:
             holder = os.pread(lock.descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise RunExistsError(
                 f"{run_dir}: another process (pid {holder}) is writing to this run; wait for it, stop it, or choose another "
-                "run directory with out=PATH"
+                "run directory with --out"
             ) from None
         except OSError as error:
-            raise UserError(
-                f"{path}: this file system cannot lock files ({error.strerror}); choose out=PATH elsewhere"
-            ) from error
+            raise UserError(f"{path}: this file system cannot lock files ({error.strerror}); choose --out elsewhere") from error
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, f"{os.getpid()}\n".encode(), 0)
         for leftover in run_dir.glob(".tmp-*"):  # of a process killed while it wrote
@@ -128,9 +124,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise RunExistsError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise RunExistsError(f"{path}: not JSON ({error}); mend or delete it, or choose out=PATH elsewhere") from None
+        raise RunExistsError(f"{path}: not JSON ({error}); mend or delete it, or choose --out elsewhere") from None
     if not isinstance(value, dict):
-        raise RunExistsError(f"{path}: expected a JSON object; mend or delete it, or choose out=PATH elsewhere")
+        raise RunExistsError(f"{path}: expected a JSON object; mend or delete it, or choose --out elsewhere")
     return value
 
 

@@ -1,13 +1,15 @@
 """`pretrain`, `finetune` and `eval`: from files and words to a resolved config, sources and starting weights, for one `fit`."""
 
 import json
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitcli.checkpoint import Pretrained, latest_checkpoint, load_weights_file
 from vitcli.config import Config, Section
-from vitcli.config_file import dump_config, read_config, stored_config
+from vitcli.config_file import LENGTHS, dump_config, read_config, stored_config
 from vitcli.data.loader import choose_workers
 from vitcli.data.preview import preview
 from vitcli.data.sources import open_source
@@ -47,7 +49,8 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint on a data set, into runs/ and a name made of both, with a recipe where no config is given."""
     pretrained = load_weights_file(ckpt, say=say)
-    out = Path("runs") / f"{run_name(pretrained.source_path)}-{dataset.removeprefix('folder:').strip('/').replace('/', '-')}"
+    dataset_name = re.sub(r"[^\w.]+", "-", dataset.removeprefix("folder:")).strip("-")
+    out = Path("runs") / f"{run_name(pretrained.source_path)}-{dataset_name}"
     out = out.with_name(f"{out.name}-scratch") if from_scratch else out
     facts: dict[str, Any] = {
         "ckpt": str(ckpt),
@@ -74,8 +77,10 @@ def finetune(
                 flops_per_second=flops_per_second(choose_device(draft.train.device)),
             )
             recipe = made.settings
+            lengths = tuple(f"train.{unit}=" for unit in LENGTHS)
             for note in made.notes:
-                say(note)
+                if not (note.startswith("time:") and any(word.startswith(lengths) for word in overrides)):
+                    say(note)
         base, name = {**facts, **recipe, "data": {**facts["data"], **recipe["data"]}}, "recipe"
     else:
         base, name = facts, "checkpoint"
@@ -128,6 +133,8 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
     keep_freed_memory()
     if config.train.freeze_backbone and start is None:
         raise ConfigError("train.freeze_backbone keeps random weights when nothing is loaded; give a checkpoint, or drop it")
+    if out.exists() and not out.is_dir():
+        raise RunExistsError(f"{out}: this is a file, expected a directory for the run; choose another --out")
     refuse_other(out, config)
     summary = read_json(out / SUMMARY)
     if dry_run:
@@ -148,8 +155,10 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
     with stop.installed(), lock_run(out):
         job = prepare(config, start=start)
         if not begun(out):
-            for line in describe(job.plan):
-                say(line)
+            if (out / MANIFEST).exists():
+                say(f"{out}: no checkpoint of an earlier start here, so this one begins at the first step")
+            origin = "scratch" if start is None else str(start.source_path)
+            say("\n".join([*describe(job.plan), f"start       {origin}"]))
             sources = {"train": job.train_source.fingerprint, "val": job.val_source.fingerprint}
             manifest = build_manifest(hardware=hardware(job.plan.device), data={"source": config.data.source, **sources})
             write_text(out / CONFIG, dump_config(job.config))
@@ -162,8 +171,10 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
         }
         write_json(out / SUMMARY, summary)
     say(f"finished: {headline(summary)}")
-    say(f"run directory {out}; curves: tensorboard --logdir {out}")
-    say(f"next: vit eval --ckpt {out}" + (f", or vit finetune --ckpt {out} --dataset DATASET" if config.ckpt is None else ""))
+    quoted, root = shlex.quote(str(out)), config.data.root
+    data_root = f" --data-root {shlex.quote(str(root))}" if root else ""
+    say(f"run directory {out}; curves: tensorboard --logdir {quoted}")
+    say(f"next: vit eval --ckpt {quoted}{data_root}")
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -193,7 +204,9 @@ def refuse_other(out: Path, config: Config) -> None:
     free = {"out", *keys_free_to_change(Config)}
     differing = [key for key in differing_keys(before, now) if key not in free]
     if differing:
-        said = ", ".join(f"{key} ({value_at(before, key)!r} there, {value_at(now, key)!r} now)" for key in differing[:6])
+        said = ", ".join(
+            f"{key} ({json.dumps(value_at(before, key))} there, {json.dumps(value_at(now, key))} now)" for key in differing[:6]
+        )
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise RunExistsError(
             f"{out}: this run has another config: {said}{more}; choose another --out, or take the settings back"
@@ -237,7 +250,7 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
                 "bring them back, or choose another --out"
             )
     else:
-        config = resolve(config, train_examples=len(train_source), device=device)
+        config = resolve(config, train_examples=len(train_source), val_examples=len(val_source), device=device)
     workers = config.data.workers if config.data.workers is not None else choose_workers(train_source, device.type)
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     plan = build_plan(

@@ -31,7 +31,7 @@ for first, resolvers in list(PlainLoader.yaml_implicit_resolvers.items()):
     dropped = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
     PlainLoader.yaml_implicit_resolvers[first] = [(tag, pattern) for tag, pattern in resolvers if tag not in dropped]
 PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
-PlainLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
+PlainLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value).replace("_", "")))
 PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

@@ -275,11 +275,11 @@ def evaluate_checkpoint(
     pretrained = load_weights_file(ckpt, say=say)
     overrides = [] if data_root is None else [f"data.root={json.dumps(str(data_root), ensure_ascii=False)}"]
     data_settings = {
-        **pretrained.manifest["data"],
+        **pretrained.manifest.get("data", {}),
         **pretrained.preprocessing,
         "source": dataset or str(pretrained.manifest["source"]),
     }
-    base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest["train"]}}
+    base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest.get("train", {})}}
     config, _ = read_config(None, overrides, base=base, base_name=str(ckpt))
     device = choose_device("auto")
     source = open_source(config.data.source, split="val", data=config.data)

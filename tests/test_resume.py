@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from vitcli import fit
 from vitcli.checkpoint import load_checkpoint
 from vitcli.errors import Interrupted
+from vitcli.evaluate import evaluate
 from vitcli.train import pretrain
 
 STEPS = 60
@@ -132,17 +132,16 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(
     config, out = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(CONFIG)
     overrides = [f"out={out}", "train.steps=9", "log.eval_every_steps=3", "log.checkpoint_every_steps=100"]
-    real = fit.evaluate
 
     def evaluate_under_fire(*arguments: Any, **settings: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, **settings)
+        return evaluate(*arguments, **settings)
 
-    monkeypatch.setattr(fit, "evaluate", evaluate_under_fire)
+    monkeypatch.setattr("vitcli.fit.evaluate", evaluate_under_fire)
     with pytest.raises(Interrupted):
         pretrain(config, overrides, dry_run=False, say=lambda text: None)
     assert (out / "checkpoints" / "step_00000003" / "manifest.json").exists()
     assert not any(row["kind"] == "eval" for row in rows(out))
-    monkeypatch.setattr(fit, "evaluate", real)
+    monkeypatch.setattr("vitcli.fit.evaluate", evaluate)
     pretrain(config, overrides, dry_run=False, say=lambda text: None)
     assert [row["step"] for row in rows(out) if row["kind"] == "eval"] == [3, 6, 9]

@@ -6,6 +6,7 @@ import http.server
 import logging
 import os
 import pickle
+import re
 import struct
 import tarfile
 import threading
@@ -331,7 +332,7 @@ def test_cifar10_is_downloaded(
     assert len(open_source("cifar10", split="val", data=section(root=root))) == 4  # from disk now
     (root / "cifar10" / "cifar-10-batches-py" / "test_batch").write_bytes(b"damaged")
     assert len(open_source("cifar10", split="val", data=section(root=root))) == 4  # unpacked again from the archive
-    assert capfd.readouterr() == ("", "")
+    assert not re.search(r"%\||Downloading|Extracting|already", "".join(capfd.readouterr()))  # torchvision's own words
 
 
 def test_missing_set_without_a_network(
@@ -347,7 +348,7 @@ def test_missing_set_without_a_network(
         for part in (tmp_path / "root" / "cifar10", tmp_path / "root", "train/<class>", "cifar-10-batches-py"):
             assert str(part) in message
     assert list((tmp_path / "root").iterdir()) == []
-    assert capfd.readouterr() == ("", "")
+    assert not re.search(r"%\||Downloading|Extracting|already", "".join(capfd.readouterr()))  # torchvision's own words
     with pytest.raises(DataError, match="imagenet: not found .*ILSVRC2012_devkit_t12.tar.gz.*no automatic download") as error:
         open_source("imagenet", split="val", data=section(root=tmp_path / "root"))
     one_line(error)

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from vitcli.config import OptimConfig
 from vitcli.models.vit import VisionTransformer
-from vitcli.optim import build_optimizer, clip_gradients, ema_start, ema_update, lr_at, param_groups, weight_norm
+from vitcli.optim import (
+    Muon,
+    build_optimizer,
+    clip_gradients,
+    ema_start,
+    ema_update,
+    lr_at,
+    orthogonal_factor,
+    param_groups,
+    weight_norm,
+)
 
 
 def build(**changes: Any) -> VisionTransformer:
@@ -96,8 +106,8 @@ def test_update_equals_the_formula(name: Literal["adam", "adamw", "sgd"]) -> Non
         torch.testing.assert_close(p.detach(), expected[n], atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_steps_are_the_same_bits_again_and_after_a_saved_state(name: Literal["adam", "adamw", "sgd"], tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
+def test_steps_are_the_same_bits_again_and_after_a_saved_state(name: Any, tmp_path: Any) -> None:
     section = OptimConfig(name=name, lr=0.01, weight_decay=0.1)
     models = [build() for _ in range(3)]
     optimizers = [build_optimizer(section, model) for model in models]
@@ -110,6 +120,72 @@ def test_steps_are_the_same_bits_again_and_after_a_saved_state(name: Literal["ad
     optimizers[2].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     whole, resumed = take_steps(models[1], optimizers[1], 2), take_steps(models[2], optimizers[2], 2)
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+
+
+def test_muon_splits_hidden_matrices_from_the_rest() -> None:
+    groups = build_optimizer(OptimConfig(name="muon", weight_decay=0.1), build()).param_groups
+    by_kind: dict[int, set[str]] = {}
+    for group in groups:
+        by_kind.setdefault(group["orthogonal"], set()).update(group["param_names"])
+    assert by_kind[3] == {f"blocks.{i}.attn.qkv.weight" for i in (0, 1)}
+    assert by_kind[1] == {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert {"patch_embed.proj.weight", "head.weight", "blocks.0.attn.qkv.bias", "norm.weight"} <= by_kind[0]
+
+
+def test_muon_equals_torchs_on_a_matrix() -> None:
+    """Torch computes in bfloat16, 8 bits: directions agree to a few per cent, and no better is asked."""
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((48, 16), (16, 48), (32, 32)):
+        start = torch.randn(shape, generator=generator)
+        ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        group = {"params": [("w", ours)], "weight_decay": 0.1, "orthogonal": 1}
+        optimizers = [
+            Muon([group], lr=0.02, momentum=0.9, betas=(0.9, 0.999), eps=1e-8),
+            torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        ]
+        for _ in range(4):
+            gradient = torch.randn(shape, generator=generator)
+            ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        moved, expected = ours.detach() - start, theirs.detach() - start
+        assert (moved - expected).norm() / expected.norm() < 0.03
+        assert (moved + expected).norm() / expected.norm() > 1.9  # the same way, not the opposite one
+
+
+def test_muon_moves_the_three_matrices_of_qkv_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    start, gradient = torch.randn(24, 8, generator=generator), torch.randn(24, 8, generator=generator)
+    whole = nn.Parameter(start.clone())
+    apart = [nn.Parameter(part.clone()) for part in start.chunk(3)]
+    whole.grad = gradient.clone()
+    for part, piece in zip(apart, gradient.chunk(3), strict=True):
+        part.grad = piece.clone()
+    settings = {"lr": 0.1, "momentum": 0.9, "betas": (0.9, 0.999), "eps": 1e-8}
+    Muon([{"params": [whole], "weight_decay": 0.1, "orthogonal": 3}], **settings).step()  # type: ignore[arg-type]
+    Muon([{"params": apart, "weight_decay": 0.1, "orthogonal": 1}], **settings).step()  # type: ignore[arg-type]
+    torch.testing.assert_close(whole.detach(), torch.cat([part.detach() for part in apart]), atol=1e-6, rtol=1e-6)
+
+
+def test_orthogonal_factor_flattens_singular_values_and_keeps_singular_vectors() -> None:
+    matrices = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(1))
+    factor = orthogonal_factor(matrices)
+    values = torch.linalg.svdvals(factor)
+    assert 0.6 < values.min() and values.max() < 1.3
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    diagonal = u.mT @ factor @ vt.mT  # diagonal if the singular vectors are the same
+    torch.testing.assert_close(diagonal, torch.diag_embed(diagonal.diagonal(dim1=-2, dim2=-1)), atol=2e-4, rtol=0)
+    torch.testing.assert_close(orthogonal_factor(matrices.mT), factor.mT, atol=1e-5, rtol=1e-5)
+
+
+def test_muon_leaves_the_other_parameters_to_adamw() -> None:
+    models = [build(), build()]
+    for model, name in zip(models, ("muon", "adamw"), strict=True):
+        take_steps(model, build_optimizer(OptimConfig(name=name, lr=0.01, weight_decay=0.1), model), 1)  # type: ignore[arg-type]
+    first, second = (dict(model.named_parameters()) for model in models)
+    assert torch.equal(first["patch_embed.proj.weight"], second["patch_embed.proj.weight"])
+    assert torch.equal(first["head.weight"], second["head.weight"])
+    assert not torch.equal(first["head.weight"], build().head.weight)
 
 
 def test_state_names_its_parameters() -> None:

@@ -155,7 +155,10 @@ class AugmentConfig(Section):
 class OptimConfig(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adam", "adamw", "sgd"] = Field("adamw", description="the paper's Adam with decoupled decay is adamw here")
+    name: Literal["adam", "adamw", "sgd", "muon"] = Field(
+        "adamw",
+        description="the paper's Adam with decoupled decay is adamw here; muon learns faster from scratch",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     end_lr: Annotated[float, Field(ge=0)] = Field(0.0, description="learning rate that the decay ends at")
     schedule: Literal["linear", "cosine", "rsqrt", "constant"] = Field("cosine", description="decay after the warm-up")
@@ -163,7 +166,7 @@ class OptimConfig(Section):
     beta1: Fraction = Field(0.9, description="Adam's first-moment decay")
     beta2: Fraction = Field(0.999, description="Adam's second-moment decay")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
-    momentum: Fraction = Field(0.9, description="of SGD")
+    momentum: Fraction = Field(0.9, description="of SGD and Muon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on kernels only; torch's convention, multiplied by lr"
     )

@@ -20,8 +20,8 @@ LAYERS = (
     {"weights", "checkpoint", "evaluate", "rundir", "recipes", "plan"},
     {"fit"},
     {"fit"},
-    {"train"},
-    {"cli"},
+    {"train", "data_commands"},
+    {"cli", "cli_data", "cli_options"},
     {"__main__"},
 )
 LEAVES = LAYERS[3]

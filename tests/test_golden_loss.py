@@ -22,6 +22,7 @@ log: {{log_every_steps: 20, checkpoint_every_steps: 20}}
     ("settings", "golden"),
     [
         ({"model": "representation_size: width", "optimiser": "adamw", "lr": "2e-3"}, 2.304805),
+        ({"optimiser": "muon", "lr": "2e-3"}, 2.295361),
         ({"model": "pool: gap, pos_embed: sincos2d, gelu: exact", "optimiser": "sgd", "lr": "0.1"}, 2.34441),
         ({"model": "dropout: 0.1, head_bias: -2", "train": "loss: sigmoid", "optimiser": "adam", "lr": "1e-3"}, 3.265644),
         (

@@ -460,7 +460,7 @@ def test_decoded_once_and_equal_to_the_files(tmp_path: Path, monkeypatch: pytest
     if not mixed:
         images, labels = decoded.batch(np.array([7, 0, 7]))
         assert (images[0] == files[7][0]).all() and labels.tolist() == [1, 0, 1]
-    monkeypatch.setattr("vitcli.data.cache.read_image", lambda path: pytest.fail("decoded again"))
+    monkeypatch.setattr("vitcli.data.cache.decode", lambda data, where: pytest.fail("decoded again"))
     again = open_source(spec, split="train", data=section())
     assert (again[6][0] == decoded[6][0]).all()
     copy: Source = pickle.loads(pickle.dumps(again))  # as a loader process gets it
@@ -500,23 +500,23 @@ def test_unwritable_cache_decodes_into_memory(
 
 def test_processes_decode_large_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_set(tmp_path, mixed=True)
-    files = open_folder(folder, split="train", val_fraction=0.1)
-    expected = decode_once(files, cache_dir=tmp_path / "threads", name="set")
+    files = FileSource(open_folder(folder, split="train", val_fraction=0.1), name="set")
+    expected = decode_once(files, key="a", cache_dir=tmp_path / "threads", name="set")
     monkeypatch.setattr("vitcli.data.cache.WORTH_PROCESSES", 0)
-    got = decode_once(files, cache_dir=tmp_path / "processes", name="set")
+    got = decode_once(files, key="a", cache_dir=tmp_path / "processes", name="set")
     assert (got.flat == expected.flat).all() and (got.sizes == expected.sizes).all()
     (folder / "train" / "b" / "0003.png").write_bytes(b"junk")
     with pytest.raises(DataError, match="0003.png: cannot read") as error:
-        decode_once(open_folder(folder, split="train", val_fraction=0.1), cache_dir=tmp_path / "processes", name="set")
+        decode_once(files, key="b", cache_dir=tmp_path / "processes", name="set")
     one_line(error)
 
 
 def test_two_processes_may_decode_at_once(tmp_path: Path) -> None:
-    files = open_folder(make_set(tmp_path), split="train", val_fraction=0.1)
+    files = FileSource(open_folder(make_set(tmp_path), split="train", val_fraction=0.1), name="set")
     results: list[NDArray[np.uint8]] = []
 
     def decode() -> None:
-        results.append(decode_once(files, cache_dir=tmp_path / "cache", name="set")[2])
+        results.append(decode_once(files, key="a", cache_dir=tmp_path / "cache", name="set")[2])
 
     threads = [threading.Thread(target=decode) for _ in range(4)]
     for thread in threads:
@@ -537,7 +537,7 @@ def test_preview_of_any_source(tmp_path: Path) -> None:
     transform = TrainTransform(AugmentConfig(crop="inception"), image_size=(32, 16))
     mixed = open_source(f"folder:{make_set(tmp_path, mixed=True)}", split="train", data=section())
     augmented = preview(mixed, rows=2, columns=3, transform=transform)
-    assert augmented.size == (3 * 100 + 4, 2 * 116 + 4)
+    assert augmented.size == (3 * 100 + 4, 4 * 116 + 4)  # a row before and a row after for each class
     assert np.asarray(augmented).std() > 10, "an empty sheet"
 
 

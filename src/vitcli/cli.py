@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vitcli.cli_data import data_app
+from vitcli.cli_options import DataRoot, Debug, Overrides, as_overrides, say, warn
 from vitcli.errors import Interrupted, UserError
 from vitcli.interrupts import StopSignals
 
@@ -21,23 +23,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at the data before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]", help="settings on top of the file, such as optim.lr=3e-4", show_default=False),
-]
 Ckpt = Annotated[Path, typer.Option("--ckpt", help="run directory, checkpoint directory or weights file", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="run directory; default runs/ and a name made of the inputs", show_default=False)
 ]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option("--data-root", help="where data sets are looked for; else $VIT_DATA, else ~/.cache/vit", show_default=False),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved plan and stop")]
-Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
 def show_version(wanted: bool) -> None:
@@ -55,24 +47,6 @@ def root(
     ] = False,
 ) -> None:
     """Pretrain, fine-tune and evaluate Vision Transformers."""
-
-
-def say(text: str) -> None:
-    """Print a line; who stops reading, as `| head` does, does not stop the training."""
-    try:
-        typer.echo(text)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def as_overrides(words: list[str] | None, **options: Path | None) -> list[str]:
-    """Put options that are short for a setting behind the overrides, so that they win."""
-    said = [
-        f"{key.replace('__', '.')}={json.dumps(str(value), ensure_ascii=False)}"
-        for key, value in options.items()
-        if value is not None
-    ]
-    return [*(words or []), *said]
 
 
 @app.command(epilog="Example: vit pretrain --config configs/jft-like.yaml optim.lr=5e-4 --dry-run")
@@ -96,7 +70,9 @@ def pretrain(
 @app.command(epilog="Example: vit finetune --ckpt runs/jft-like --dataset cifar10 train.steps=2000")
 def finetune(
     ckpt: Ckpt,
-    dataset: Annotated[str, typer.Option("--dataset", help="data set by name, or folder:PATH", show_default=False)],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="data set by name, or kind:PLACE such as folder:PATH", show_default=False)
+    ],
     overrides: Overrides = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="YAML config; default a recipe for the data set", show_default=False)
@@ -133,9 +109,6 @@ def evaluate(
     """Evaluate a checkpoint: top-1, top-5, loss and per-class accuracy, every image counted exactly once."""
     from vitcli.train import evaluate_checkpoint
 
-    def warn(text: str) -> None:
-        typer.echo(text, err=True)
-
     result = evaluate_checkpoint(ckpt, dataset=dataset, data_root=data_root, batch_size=batch_size, say=warn)
     if as_json:
         typer.echo(json.dumps(result))
@@ -150,29 +123,6 @@ def evaluate(
 
 def percent(share: float | None) -> str:
     return "      -" if share is None else f"{100 * share:6.2f} %"
-
-
-@data_app.command(epilog="Example: vit data preview shapes --out shapes.png")
-def preview(
-    source: Annotated[str, typer.Argument(help="data set by name, or folder:PATH", show_default=False)],
-    overrides: Overrides = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="take data and augmentation settings from this file", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="PNG to write; default preview-SOURCE.png", show_default=False)
-    ] = None,
-    augmented: Annotated[bool, typer.Option("--augmented", help="show images as training sees them")] = False,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="classes shown, a row each")] = 10,
-    columns: Annotated[int, typer.Option("--columns", min=1, help="images of each class")] = 8,
-    data_root: DataRoot = None,
-    debug: Debug = False,
-) -> None:
-    """Write a labelled contact sheet of a data set as PNG."""
-    from vitcli.train import preview_data
-
-    words = as_overrides(overrides, data__root=data_root)
-    typer.echo(preview_data(source, config, words, out=out, augmented=augmented, rows=rows, columns=columns))
 
 
 @app.command(epilog="Example: vit schema --json > vit-config.schema.json")

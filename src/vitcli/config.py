@@ -15,6 +15,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "LogConfig",
+    "MixPart",
     "ModelConfig",
     "OptimConfig",
     "ShapesConfig",
@@ -110,16 +111,43 @@ class ShapesConfig(Section):
     seed: Count = Field(0, description="another seed is another corpus")
 
 
+class MixPart(Section):
+    """One source of a mixture."""
+
+    source: str = Field(description="any source but mix")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="its share of the training images, relative to the others'")
+
+
 class DataConfig(Section):
     """Where examples come from and how large they are shown to the model."""
 
     source: str = Field(
-        description="shapes, digits, cifar10, cifar100, mnist, fashion-mnist, flowers102, pets, imagenet or folder:PATH"
+        description="shapes, digits, cifar10, cifar100, mnist, fashion-mnist, flowers102, pets, imagenet, folder:PATH, "
+        "shards:PATTERN, hf:NAME_OR_PATH or mix"
     )
+    val_source: str | None = Field(None, description="evaluate on this source's evaluation split instead")
     image_size: ImageSize = Field(description="height and width shown to the model, px; one number for a square")
     shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of the source `shapes`")
+    mix: list[MixPart] | None = Field(None, description="the parts of the source `mix`, each a source and a weight")
+    mix_classes: Literal["merge", "apart"] = Field(
+        "merge", description="classes of equal name in several parts of a mix are one class, or kept apart by their part"
+    )
+    examples: PositiveInt | None = Field(
+        None, description="train on a class-balanced part of this size; a smaller one is contained in every larger one"
+    )
+    subset_seed: Count = Field(0, description="another seed takes another part; the same for every run and model")
+    sampling: Literal["natural", "sqrt", "balanced"] = Field(
+        "natural", description="how often a class is shown: by its size, by the root of its size, or all equally often"
+    )
+    shuffle_window: PositiveInt | None = Field(
+        None,
+        description="images shuffled among each other at a time, in whole shards; null shuffles all, or 65,536 of remote shards",
+    )
+    label_key: str = Field("label", description="where a shard's json members, or a Hugging Face set, keep the label")
+    on_error: Literal["raise", "skip"] = Field("raise", description="an image that cannot be read ends the run, or is replaced")
+    skip_limit: Count = Field(100, description="on_error: skip ends the run when more different images than this cannot be read")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="held out where a folder has no val or test split"
+        0.1, description="held out where a source has no val or test split"
     )
     mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="subtracted from pixels in [0, 1]")
     std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="then divided by; .5/.5 gives [-1, 1] as the paper")
@@ -129,6 +157,7 @@ class DataConfig(Section):
     )
     root: Path | None = machine(None, "data root; else $VIT_DATA, else ~/.cache/vit")
     workers: Count | None = machine(None, "loader processes; null chooses by source and machine")
+    remote_cache_gib: Annotated[float, Field(gt=0)] = machine(100.0, "disk space for copies of remote shards, GiB")
     memory_cache_gib: Annotated[float, Field(ge=0)] = machine(
         4.0, "decode a set once and keep it if it is smaller than this, GiB"
     )
@@ -185,6 +214,9 @@ class TrainConfig(Section):
     )
     loss: Literal["softmax", "sigmoid"] = Field("softmax", description="cross-entropy over classes, or one per class")
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
+    class_weights: Literal["none", "sqrt", "balanced"] = Field(
+        "none", description="weight of an image in the loss: equal, or by the inverse (root) of its class's size, 1 on average"
+    )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="evaluate averaged weights; 0.9999 in the paper"
     )

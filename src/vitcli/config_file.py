@@ -252,7 +252,14 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("data.std", f"is {list(data.std)}; every number must be above 0")
     if train.freeze_backbone and train.ema_decay is not None:
         fail("train.ema_decay", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
-    if data.source == "shapes" and not all(16 <= side <= 512 for side in data.image_size):
+    if (data.source == "mix") != (data.mix is not None):
+        fail("data.mix", "and data.source: mix go together; give both or neither")
+    if data.mix is not None:
+        if any(part.source == "mix" for part in data.mix) or not data.mix:
+            fail("data.mix", "needs one part or more, each a source of its own and none of them a mix")
+    if data.val_source == "mix" and data.source != "mix":
+        fail("data.val_source", "is mix, but data.source is not; name a single source")
+    if "shapes" in (data.source, data.val_source) and not all(16 <= side <= 512 for side in data.image_size):
         fail("data.image_size", f"is {data.image_size[0]} x {data.image_size[1]}; shapes makes images of 16 to 512 px")
     check_model(config.model, data.image_size, layers)
 

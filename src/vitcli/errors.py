@@ -6,7 +6,7 @@ The command line prints such an error as one line (what, where, what was expecte
 
 import signal
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "Interrupted", "RunExistsError", "UserError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "ExampleError", "Interrupted", "RunExistsError", "UserError"]
 
 
 class UserError(Exception):
@@ -21,6 +21,17 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data set is missing, unreadable, or does not fit what is asked of it."""
+
+
+class ExampleError(DataError):
+    """One example cannot be read; `position` says which of those asked for."""
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(message, position)
+        self.position = position
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CheckpointError(UserError):

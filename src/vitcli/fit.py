@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitcli.checkpoint import Pretrained, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from vitcli.config import Config
 from vitcli.config_file import flatten
 from vitcli.data.loader import Batch, eval_batches, train_batches
+from vitcli.data.sampler import build_order
 from vitcli.data.sources import Source
 from vitcli.data.transforms import EvalTransform, TrainTransform, mix_batch, normalise
 from vitcli.errors import DataError, Interrupted, UserError
@@ -33,7 +36,11 @@ from vitcli.plan import Plan, lr_of_step
 from vitcli.randomness import derive_seed
 from vitcli.weights import LoadReport, load_weights
 
-__all__ = ["Job", "classification_loss", "evaluate_source", "fit", "load_start", "soft_targets"]
+__all__ = ["Job", "class_weights_of", "classification_loss", "evaluate_source", "fit", "load_start", "soft_targets"]
+
+
+# what, beside the source's name, says which images an evaluation of this run is about
+DATA_IDENTITY = ("shapes", "val_fraction", "val_source", "mix", "mix_classes", "label_key")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Job:
     train_source: Source
     val_source: Source
     start: Pretrained | None  # weights of --ckpt, unless from scratch
+    val_classes: Tensor | None = None  # the model's number for each class of val_source; None where they are the same
 
 
 @dataclass
@@ -69,19 +77,24 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
     assert every.log_every_steps and every.eval_every_steps and every.checkpoint_every_steps
     state = start_state(job, say=say)
     forward = torch.compile(state.model) if train.compile else state.model
+    log = RunLog(config.out, start_step=state.step, total_steps=train.steps, batch_size=train.batch_size)
     micro_batches = train_batches(
         job.train_source,
         TrainTransform(config.augment, image_size=config.data.image_size),
         batch_size=train.batch_size,
         micro_batch_size=train.micro_batch_size,
+        order=build_order(job.train_source, config.data, seed=config.seed),
         start_step=state.step,
         total_steps=train.steps,
         seed=config.seed,
+        on_error=config.data.on_error,
+        skip_limit=config.data.skip_limit,
+        warn=log.message,
         workers=config.data.workers or 0,
         pin_memory=job.plan.device.type == "cuda",
     )
     micro_per_step = math.ceil(train.batch_size / train.micro_batch_size)
-    log = RunLog(config.out, start_step=state.step, total_steps=train.steps, batch_size=train.batch_size)
+    class_weights = weights_of_classes(job)
     sums = torch.zeros(3, dtype=torch.float64, device=job.plan.device)  # loss x images, hits, images since the last row
     gradient_norm = torch.zeros(())
     with stop.deferred(), log, closing(micro_batches):
@@ -97,7 +110,7 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
                 parts = list(islice(micro_batches, micro_per_step))
                 if state.step == 0 and every.sample_images:
                     log.images(0, "train/samples", parts[0]["images"][: every.sample_images])
-                gradient_norm = train_step(state, parts, job, forward, sums)
+                gradient_norm = train_step(state, parts, job, forward, class_weights, sums)
                 log.tick(state.step)
                 save_now = state.step % every.checkpoint_every_steps == 0 or state.step == train.steps
                 if save_now or state.step % every.log_every_steps == 0:
@@ -154,12 +167,20 @@ def load_start(model: VisionTransformer, start: Pretrained) -> LoadReport:
     return load_weights(model, start.state, reset_head=True, old_grid=(height // patch, width // patch))
 
 
-def train_step(state: State, parts: list[Batch], job: Job, forward: Callable[[Tensor], Tensor], sums: Tensor) -> Tensor:
+def train_step(
+    state: State,
+    parts: list[Batch],
+    job: Job,
+    forward: Callable[[Tensor], Tensor],
+    class_weights: Tensor | None,
+    sums: Tensor,
+) -> Tensor:
     """Make one update from a batch in micro-batches, add to `sums`, and return the gradient norm before clipping.
 
     Args:
         parts: of images, uint8 (b, 3, H, W), and labels (b,); together the step's batch.
         forward: the model, compiled or not.
+        class_weights: (K,) weights in the loss, or None for equal ones.
         sums: (3,) loss x images, hits and images since the last log row.
     """
     config, train, device, model = job.config, job.config.train, job.plan.device, state.model
@@ -177,7 +198,7 @@ def train_step(state: State, parts: list[Batch], job: Job, forward: Callable[[Te
             inputs, targets = mix_batch(inputs, targets, seed=seed, mixup=config.augment.mixup, cutmix=config.augment.cutmix)
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             logits = forward(inputs)  # (b, K)
-        loss = classification_loss(logits.float(), targets, kind=train.loss)
+        loss = classification_loss(logits.float(), targets, kind=train.loss, class_weights=class_weights)
         (loss * (len(labels) / train.batch_size)).backward()
         with torch.no_grad():
             sums[0] += loss.double() * len(labels)
@@ -221,7 +242,7 @@ def save(state: State, job: Job, log: RunLog) -> None:
         "classes": list(job.train_source.classes),
         "preprocessing": preprocessing_of(config),
         "source": config.data.source,
-        "data": config.data.model_dump(mode="json", include={"shapes", "val_fraction"}),
+        "data": config.data.model_dump(mode="json", include=set(DATA_IDENTITY)),
         "train": config.train.model_dump(mode="json", include={"loss", "precision"}),
         "seed": config.seed,
     }
@@ -254,6 +275,7 @@ def evaluate_now(state: State, job: Job, log: RunLog, stop: StopSignals) -> Eval
             batch_size=2 * micro,  # without gradients twice as many fit
             num_classes=job.plan.num_classes,
             check=stop.check,
+            class_map=job.val_classes,
         )
     log.eval_row(state.step, {"loss": result.loss, "top1": result.top1, "top5": result.top5, "seconds": result.seconds})
     return result
@@ -268,11 +290,34 @@ def soft_targets(labels: Tensor, *, num_classes: int, label_smoothing: float) ->
     return targets * (1.0 - label_smoothing) + label_smoothing / num_classes if label_smoothing else targets
 
 
-def classification_loss(logits: Tensor, targets: Tensor, *, kind: str) -> Tensor:
-    """Return the batch's mean loss for logits and targets (B, K): cross-entropy, or the sum of K binary ones (big_vision)."""
+def classification_loss(logits: Tensor, targets: Tensor, *, kind: str, class_weights: Tensor | None = None) -> Tensor:
+    """Return the batch's mean loss for logits and targets (B, K): cross-entropy, or the sum of K binary ones (big_vision).
+
+    With class weights (K,), an image counts as much as its target's classes do, in their shares; the mean stays one over B.
+    """
     if kind == "sigmoid":
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
-    return F.cross_entropy(logits, targets)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)  # (B,)
+    elif class_weights is None:
+        return F.cross_entropy(logits, targets)
+    else:
+        losses = F.cross_entropy(logits, targets, reduction="none")  # (B,)
+    return losses.mean() if class_weights is None else (losses * (targets @ class_weights)).mean()
+
+
+def weights_of_classes(job: Job) -> Tensor | None:
+    """Return the weights (K,) of the classes in the loss, or None for equal ones."""
+    kind, labels = job.config.train.class_weights, job.train_source.labels
+    if kind == "none" or labels is None:  # computed labels are balanced
+        return None
+    counts = np.bincount(labels, minlength=job.plan.num_classes)
+    return class_weights_of(counts, kind=kind).to(job.plan.device)
+
+
+def class_weights_of(counts: NDArray[np.int64], *, kind: str) -> Tensor:
+    """Return weights (K,) by the inverse size of each class, or its root; their mean over the images is 1, empty classes have 0."""
+    sizes = np.maximum(counts, 1).astype(np.float64)
+    weights = np.where(counts > 0, sizes ** (-1.0 if kind == "balanced" else -0.5), 0.0)
+    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
 
 
 # ---------------------------------------------------------------- evaluation

@@ -15,7 +15,7 @@ from vitcli.data.preview import preview
 from vitcli.data.sources import open_source
 from vitcli.data.transforms import TrainTransform
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
-from vitcli.errors import ConfigError, RunExistsError
+from vitcli.errors import ConfigError, DataError, RunExistsError
 from vitcli.evaluate import map_classes
 from vitcli.fit import Job, evaluate_source, fit, load_start
 from vitcli.interrupts import StopSignals
@@ -49,8 +49,7 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint on a data set, into runs/ and a name made of both, with a recipe where no config is given."""
     pretrained = load_weights_file(ckpt, say=say)
-    dataset_name = re.sub(r"[^\w.]+", "-", dataset.removeprefix("folder:")).strip("-")
-    out = Path("runs") / f"{run_name(pretrained.source_path)}-{dataset_name}"
+    out = Path("runs") / f"{run_name(pretrained.source_path)}-{short_name(dataset)}"
     out = out.with_name(f"{out.name}-scratch") if from_scratch else out
     facts: dict[str, Any] = {
         "ckpt": str(ckpt),
@@ -115,6 +114,14 @@ def flops_of(pretrained: Pretrained, *, image_size: tuple[int, int]) -> int:
         representation_size=None,
         **sizes,
     )
+
+
+def short_name(dataset: str) -> str:
+    """Name a data set in a run directory's name: of shards the folder they lie in, else its name or path."""
+    kind, _, place = dataset.partition(":")
+    if kind == "shards":
+        place = Path(place).parent.name if Path(place).suffix else Path(place).name
+    return re.sub(r"[^\w.]+", "-", place if kind in ("folder", "shards", "hf") and place else dataset).strip("-.")
 
 
 def run_name(weights: Path) -> str:
@@ -235,8 +242,16 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
     assert config.out is not None
     device = choose_device(config.train.device)
     train_source = open_source(config.data.source, split="train", data=config.data)
-    val_source = open_source(config.data.source, split="val", data=config.data)
+    val_source = open_source(config.data.val_source or config.data.source, split="val", data=config.data)
     num_classes = len(train_source.classes)
+    unknown = sorted(set(val_source.classes) - set(train_source.classes))
+    if unknown:
+        listed = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise DataError(
+            f"{val_source.name}: to evaluate on, has classes that {train_source.name} does not train: {listed}; "
+            "take them out, or add training images of them"
+        )
+    val_classes = map_classes(train_source.classes, val_source.classes, val_source.name)
     manifest = read_json(config.out / MANIFEST)
     if manifest is not None and begun(config.out):
         before = stored_config(config.out / CONFIG)
@@ -256,7 +271,7 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
     plan = build_plan(
         config, num_classes=num_classes, train_examples=len(train_source), val_examples=len(val_source), device=device
     )
-    return Job(config, plan, train_source, val_source, start)
+    return Job(config, plan, train_source, val_source, start, val_classes)
 
 
 # ---------------------------------------------------------------- without training
@@ -279,10 +294,12 @@ def evaluate_checkpoint(
         **pretrained.preprocessing,
         "source": dataset or str(pretrained.manifest["source"]),
     }
+    if dataset is not None:
+        data_settings |= {"val_source": None} | ({} if dataset == "mix" else {"mix": None})
     base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest.get("train", {})}}
     config, _ = read_config(None, overrides, base=base, base_name=str(ckpt))
     device = choose_device("auto")
-    source = open_source(config.data.source, split="val", data=config.data)
+    source = open_source(config.data.val_source or config.data.source, split="val", data=config.data)
     class_map = map_classes(pretrained.classes, source.classes, f"{config.data.source} for {ckpt}")
     num_classes = len(pretrained.classes)
     model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)

@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vitcli.data.folders import ImageFiles
-from vitcli.data.images import read_image, read_size
+from vitcli.data.images import decode, read_size
+from vitcli.data.protocol import EncodedSource
 
 __all__ = ["Pixels", "cache_key", "decode_once", "default_cache_dir", "estimate_decoded_bytes"]
 
@@ -76,32 +77,32 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("VIT_CACHE") or "~/.cache/vit").expanduser()
 
 
-def estimate_decoded_bytes(files: ImageFiles) -> int:
+def estimate_decoded_bytes(source: EncodedSource) -> int:
     """Estimate the decoded size of a set from the headers of a few images spread over it."""
-    sample = np.unique(np.linspace(0, len(files.relative) - 1, SAMPLE).astype(np.int64))
-    shapes = [read_size(files.root / files.relative[i]) for i in sample]
-    return round(float(np.mean([3 * height * width for height, width in shapes])) * len(files.relative))
+    sample = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(np.int64)).tolist()
+    shapes = [read_size(source.read(i), where=source.where(i)) for i in sample]
+    return round(float(np.mean([3 * height * width for height, width in shapes])) * len(source))
 
 
 def cache_key(files: ImageFiles) -> str:
-    """Hash what the decoded pixels depend on: each file's relative path, size and time, and our own format."""
-    digest = hashlib.sha256(f"v{FORMAT_VERSION}\n{files.root.resolve()}\n".encode())
+    """Hash what the decoded pixels depend on: each file's relative path, size and time."""
+    digest = hashlib.sha256(f"{files.root.resolve()}\n".encode())
     digest.update("\n".join(files.relative).encode(errors="surrogateescape"))
     digest.update(files.bytes.tobytes())
     digest.update(files.mtimes.tobytes())
     return digest.hexdigest()[:24]
 
 
-def decode_once(files: ImageFiles, *, cache_dir: Path, name: str) -> Pixels:
+def decode_once(source: EncodedSource, *, key: str, cache_dir: Path, name: str) -> Pixels:
     """Return the decoded set: mapped from `cache_dir` when it is there, else decoded now and stored.
 
-    Where the cache cannot be written (no permission, disk full) the pixels stay in memory, and a notice says so.
+    `key` stands for everything the pixels depend on but our own format. Where the cache cannot be written (no permission, disk full) the pixels stay in memory, and a notice says so.
 
     Raises:
         DataError: an image is damaged; nothing is stored then.
     """
-    folder = cache_dir / "decoded" / cache_key(files)
-    pixels = open_cache(folder, count=len(files.relative))
+    folder = cache_dir / "decoded" / hashlib.sha256(f"v{FORMAT_VERSION}\n{key}".encode()).hexdigest()[:24]
+    pixels = open_cache(folder, count=len(source))
     if pixels is not None:
         return pixels
     try:
@@ -110,7 +111,7 @@ def decode_once(files: ImageFiles, *, cache_dir: Path, name: str) -> Pixels:
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
         try:
             with open(temporary / "pixels.bin", "wb") as sink:
-                sizes = decode_into(sink, files, name=name)
+                sizes = decode_into(sink, source, name=name)
                 sink.flush()
                 os.fsync(sink.fileno())
             np.save(temporary / "sizes.npy", sizes)
@@ -121,7 +122,7 @@ def decode_once(files: ImageFiles, *, cache_dir: Path, name: str) -> Pixels:
                     raise  # otherwise another process was faster, and its pixels are the same
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        pixels = open_cache(folder, count=len(files.relative))
+        pixels = open_cache(folder, count=len(source))
         if pixels is not None:
             return pixels
         notice = "the file read back is damaged"
@@ -129,7 +130,7 @@ def decode_once(files: ImageFiles, *, cache_dir: Path, name: str) -> Pixels:
         notice = error.strerror or str(error)
     logger.warning("%s: cannot keep decoded images in %s (%s); decoding into memory for this run", name, cache_dir, notice)
     memory = io.BytesIO()
-    sizes = decode_into(memory, files, name=name)
+    sizes = decode_into(memory, source, name=name)
     return Pixels(np.frombuffer(memory.getbuffer(), np.uint8), sizes, path=None)
 
 
@@ -156,13 +157,12 @@ def remove_stale(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def decode_into(sink: BinaryIO, files: ImageFiles, *, name: str) -> NDArray[np.int64]:
+def decode_into(sink: BinaryIO, source: EncodedSource, *, name: str) -> NDArray[np.int64]:
     """Write all pixels in order to `sink`; return (N, 2) heights and widths."""
-    paths = [os.path.join(files.root, relative) for relative in files.relative]
     sizes: list[tuple[int, int]] = []
-    bar = tqdm(total=len(paths), desc=f"decoding {name} (once)", unit="img", leave=False, delay=1.0, disable=None)
-    with bar, decoders(len(paths)) as pool:
-        for pixels, shapes in in_order(pool, paths):
+    bar = tqdm(total=len(source), desc=f"decoding {name} (once)", unit="img", leave=False, delay=1.0, disable=None)
+    with bar, decoders(len(source)) as pool:
+        for pixels, shapes in in_order(pool, source):
             sink.write(pixels)
             sizes.extend(shapes)
             bar.update(len(shapes))
@@ -183,18 +183,19 @@ def leave_interrupts() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which forked processes inherit
 
 
-def decode_chunk(paths: list[str]) -> tuple[bytes, list[tuple[int, int]]]:
+def decode_chunk(files: list[tuple[bytes, str]]) -> tuple[bytes, list[tuple[int, int]]]:
     """Return the pixels of some files, one after the other, and their heights and widths."""
-    images = [read_image(path) for path in paths]
+    images = [decode(data, where=where) for data, where in files]
     return b"".join(image.tobytes() for image in images), [image.shape[:2] for image in images]
 
 
-def in_order(pool: Executor, paths: Sequence[str]) -> Iterator[tuple[bytes, list[tuple[int, int]]]]:
-    """Decode chunks of files on the pool, yield them in order, with a bounded number waiting."""
+def in_order(pool: Executor, source: EncodedSource) -> Iterator[tuple[bytes, list[tuple[int, int]]]]:
+    """Decode chunks of images on the pool, yield them in order, with a bounded number waiting."""
     waiting: deque[Future[tuple[bytes, list[tuple[int, int]]]]] = deque()
     try:
-        for start in range(0, len(paths), CHUNK):
-            waiting.append(pool.submit(decode_chunk, list(paths[start : start + CHUNK])))
+        for start in range(0, len(source), CHUNK):
+            some = range(start, min(start + CHUNK, len(source)))
+            waiting.append(pool.submit(decode_chunk, [(source.read(i), source.where(i)) for i in some]))
             if len(waiting) > 2 * MOST_DECODERS:
                 yield waiting.popleft().result()
         while waiting:

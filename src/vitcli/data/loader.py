@@ -1,18 +1,19 @@
-"""Which examples form a step, and batches of them ahead of time.
+"""Batches ahead of time, made by a thread or by processes: which examples they hold is `sampler`'s to say.
 
-Step s of a run is a pure function of (seed, s), so nothing has to be stored to go on in the middle of an epoch. One
-micro-batch, the item of the stream, is a pure function of (step, part): the number of loader processes changes no pixel.
+One micro-batch, the item of the stream, is a pure function of (step, part): the number of loader processes changes no pixel,
+and the ranks' shares of a micro-batch, one after the other, are what a single rank would see. An image that cannot be read
+ends the run, or another one takes its place: which one is a function of its index alone.
 """
 
-import contextlib
 import os
-import queue
 import signal
-import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,78 +21,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitcli.data.sources import Source, UniformSource
+from vitcli.data.protocol import EncodedSource, Source, UniformSource
+from vitcli.data.sampler import Order
 from vitcli.data.transforms import EvalTransform, TrainTransform
-from vitcli.errors import UserError
+from vitcli.errors import DataError, UserError
 from vitcli.randomness import derive_seed, permute
 
-__all__ = ["Batch", "choose_workers", "eval_batches", "examples_of_step", "train_batches"]
+__all__ = ["Batch", "choose_workers", "eval_batches", "train_batches"]
 
 Batch = dict[str, Tensor]  # images uint8 (b, 3, H, W), labels int64 (b,), indices int64 (b,)
+OnError = Literal["raise", "skip"]
 Key = TypeVar("Key")
 
 PREFETCH = 2  # batches ready ahead of time: per loader process, or in all without one
 MOST_WORKERS = 8  # more are seldom faster and cost memory
+MOST_REPLACEMENTS = 100  # images tried in the place of one; where that many are bad, the set is
 
 
-def examples_of_step(
-    step: int, *, batch_size: int, num_examples: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (epochs (B,), indices (B,)) of the examples that form `step`, the first being 0.
+class Unreadable(NamedTuple):
+    """An example that cannot be read."""
 
-    Every epoch is another shuffle of all examples; a step may end one epoch and begin the next.
-    """
-    return examples_at(np.arange(step * batch_size, (step + 1) * batch_size), num_examples=num_examples, seed=seed)
+    index: int
+    message: str  # names it and says why
 
 
-def examples_at(positions: NDArray[np.int64], *, num_examples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (epochs, indices) of the run's examples number `positions`, counted from its beginning."""
-    epochs, within = np.divmod(positions, num_examples)
-    indices = np.empty_like(within)
-    for epoch in np.unique(epochs).tolist():
-        members = epochs == epoch
-        indices[members] = permute(within[members], num_examples, derive_seed(seed, "order", epoch))
-    return epochs, indices
+class Made(NamedTuple):
+    """What comes out of a loader process. A named tuple, because DataLoader pins the memory of what is in one."""
+
+    batch: Batch | None  # None: too few examples of it can be read
+    unreadable: list[Unreadable]  # met while making it, in order
 
 
-@dataclass(frozen=True)
-class TrainBatchMaker:
-    """Make micro-batch (step, part)."""
-
-    source: Source
-    transform: TrainTransform
-    batch_size: int
-    micro_batch_size: int
-    seed: int
-
-    def __call__(self, key: tuple[int, int]) -> Batch:
-        step, part = key
-        start = step * self.batch_size + part * self.micro_batch_size
-        stop = min(start + self.micro_batch_size, (step + 1) * self.batch_size)
-        epochs, indices = examples_at(np.arange(start, stop), num_examples=len(self.source), seed=self.seed)
-        images, labels = fetch(self.source, indices)
-        tensor = self.transform(images, seed=self.seed, epochs=epochs, indices=indices)
-        return as_batch(tensor, labels, indices)
-
-
-@dataclass(frozen=True)
-class EvalBatchMaker:
-    """Make the batch that begins at an example."""
-
-    source: Source
-    transform: EvalTransform
-    batch_size: int
-
-    def __call__(self, start: int) -> Batch:
-        indices = np.arange(start, min(start + self.batch_size, len(self.source)))
-        images, labels = fetch(self.source, indices)
-        return as_batch(self.transform(images), labels, indices)
+# ---------------------------------------------------------------- training
 
 
 def train_batches(
     source: Source,
     transform: TrainTransform,
     *,
+    order: Order,
     batch_size: int,
     micro_batch_size: int,
     start_step: int,
@@ -99,34 +67,107 @@ def train_batches(
     seed: int,
     workers: int = 0,
     pin_memory: bool = False,
+    on_error: OnError = "raise",
+    skip_limit: int = 0,
+    warn: Callable[[str], object] = warnings.warn,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Generator[Batch, None, None]:
     """Yield the micro-batches of steps start_step to total_steps - 1 in order, ceil(batch / micro) per step.
 
     Args:
+        order: of the whole run; from `build_order`.
+        batch_size: examples per step, over all ranks.
+        micro_batch_size: examples per micro-batch, over all ranks.
         workers: loader processes; 0 prepares batches in a background thread of this one.
+        on_error: `raise` an example's error, or `skip` it: another one of the source takes its place.
+        skip_limit: how many different examples may be skipped, counted from `start_step`, by each rank for itself.
+        warn: is told of every example skipped, once, in this process.
+        rank, ranks: take this contiguous share of every micro-batch; shares differ by one example at most and may be empty.
 
     Raises:
-        UserError: an example cannot be read; raised here wherever it was met.
+        DataError: an example cannot be read, or more than may be skipped; raised here wherever it was met.
     """
-    maker = TrainBatchMaker(source, transform, batch_size, micro_batch_size, seed)
+    maker = TrainBatchMaker(
+        source, transform, order, batch_size, micro_batch_size, seed, rank, ranks, on_error == "skip", skip_limit
+    )
     keys = StepParts(start_step, total_steps, -(-batch_size // micro_batch_size))
-    return stream(maker, keys, workers=workers, pin_memory=pin_memory)
+    made = stream(maker, keys, workers=workers, pin_memory=pin_memory)
+    return account(made, source, limit=skip_limit, say=lambda text: warn(f"another image takes the place of one {text}"))
 
 
-def eval_batches(
-    source: Source, transform: EvalTransform, *, batch_size: int, workers: int = 0, pin_memory: bool = False
-) -> Generator[Batch, None, None]:
-    """Yield every example exactly once, in order; the last batch may be smaller. Otherwise like `train_batches`."""
-    starts = range(0, len(source), batch_size)
-    return stream(EvalBatchMaker(source, transform, batch_size), starts, workers=workers, pin_memory=pin_memory)
+@dataclass(frozen=True)
+class TrainBatchMaker:
+    """Make this rank's share of micro-batch (step, part)."""
+
+    source: Source
+    transform: TrainTransform
+    order: Order
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    rank: int
+    ranks: int
+    skip: bool
+    skip_limit: int
+
+    def __call__(self, key: tuple[int, int]) -> Made:
+        step, part = key
+        first = step * self.batch_size
+        start = first + part * self.micro_batch_size
+        stop = min(start + self.micro_batch_size, first + self.batch_size)
+        mine = share(start, stop, self.rank, self.ranks)
+        epochs, indices = self.order.at(np.arange(mine.start, mine.stop))
+        if len(indices) == 0:
+            images = torch.empty((0, 3, *self.transform.image_size), dtype=torch.uint8)
+            return Made(as_batch(images, indices, indices), [])
+        try:
+            return Made(self.prepare(epochs, indices), [])
+        except DataError:
+            if not self.skip:
+                raise
+        return self.replacing(epochs, indices)
+
+    def prepare(self, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> Batch:
+        """Return the examples `indices` (b,), each augmented as in its epoch; raise DataError for one that cannot be read."""
+        if self.source.encoded:
+            files, labels, where = read_files(self.source, indices)
+            images = self.transform.from_encoded(files, where=where, seed=self.seed, epochs=epochs, indices=indices)
+        else:
+            pixels, labels = fetch(self.source, indices)
+            images = self.transform(pixels, seed=self.seed, epochs=epochs, indices=indices)
+        return as_batch(images, labels, indices)
+
+    def replacing(self, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> Made:
+        """Prepare examples one by one, and others in the place of those that cannot be read."""
+        rows: list[Batch] = []
+        unreadable: dict[int, Unreadable] = {}
+        for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
+            for attempt in range(MOST_REPLACEMENTS + 1):
+                chosen = replacement(index, attempt, len(self.source))
+                if chosen in unreadable:
+                    continue
+                try:
+                    rows.append(self.prepare(np.array([epoch]), np.array([chosen])))
+                    break
+                except DataError as error:
+                    unreadable[chosen] = Unreadable(chosen, str(error))
+                if len(unreadable) > self.skip_limit:  # the run ends here, whatever came before
+                    return Made(None, list(unreadable.values()))
+            else:
+                raise DataError(
+                    f"{self.source.name}: no image found that can be read in the place of {self.source.where(index)}, "
+                    f"{MOST_REPLACEMENTS} tried; run `vit data check {self.source.name}` to list what is damaged"
+                )
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return Made(batch, list(unreadable.values()))
 
 
-def choose_workers(source: Source, device_type: str) -> int:
-    """Return how many loader processes suit: none where images come as arrays and the model needs the cores itself."""
-    if source.uniform and device_type == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores)
+def replacement(index: int, attempt: int, size: int) -> int:
+    """Return the example to take at the given attempt to find one in the place of `index`; attempt 0 is the example itself."""
+    if attempt == 0:
+        return index
+    return int(permute([index], size, derive_seed("replacement", attempt))[0])
 
 
 class StepParts(Sequence[tuple[int, int]]):
@@ -146,6 +187,99 @@ class StepParts(Sequence[tuple[int, int]]):
         return self.start_step + position // self.parts, position % self.parts
 
 
+# ---------------------------------------------------------------- evaluation
+
+
+def eval_batches(
+    source: Source,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    on_error: OnError = "raise",
+    skip_limit: int = 0,
+    warn: Callable[[str], object] = warnings.warn,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Generator[Batch, None, None]:
+    """Yield every example exactly once, in order; the last batch may be smaller. Otherwise like `train_batches`.
+
+    No example takes another's place: with on_error `skip`, one that cannot be read is left out, so that batches become smaller,
+    and at the end `warn` is told how many of how many were left out.
+
+    Args:
+        rank, ranks: yield this contiguous share of the source; every example is in exactly one of them.
+    """
+    mine = share(0, len(source), rank, ranks)
+    maker = EvalBatchMaker(source, transform, batch_size, mine.stop, on_error == "skip", skip_limit)
+    made = stream(maker, range(mine.start, mine.stop, batch_size), workers=workers, pin_memory=pin_memory)
+
+    def say(text: str) -> None:
+        warn(f"evaluation leaves out an image {text}")
+
+    def finish(left_out: int) -> None:
+        warn(f"{source.name}: evaluated without {left_out:,} of {len(mine):,} images, which cannot be read")
+
+    return account(made, source, limit=skip_limit, say=say, finish=finish)
+
+
+@dataclass(frozen=True)
+class EvalBatchMaker:
+    """Make the batch that begins at an example."""
+
+    source: Source
+    transform: EvalTransform
+    batch_size: int
+    stop: int
+    skip: bool
+    skip_limit: int
+
+    def __call__(self, start: int) -> Made:
+        indices = np.arange(start, min(start + self.batch_size, self.stop))
+        try:
+            return Made(self.prepare(indices), [])
+        except DataError:
+            if not self.skip:
+                raise
+        rows: list[Batch] = []
+        unreadable: list[Unreadable] = []
+        for index in indices.tolist():
+            try:
+                rows.append(self.prepare(np.array([index])))
+            except DataError as error:
+                unreadable.append(Unreadable(index, str(error)))
+            if len(unreadable) > self.skip_limit:
+                break
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else None
+        return Made(batch, unreadable)
+
+    def prepare(self, indices: NDArray[np.int64]) -> Batch:
+        """Return the examples `indices` (b,); raise DataError for one that cannot be read."""
+        if self.source.encoded:
+            files, labels, where = read_files(self.source, indices)
+            return as_batch(self.transform.from_encoded(files, where=where), labels, indices)
+        pixels, labels = fetch(self.source, indices)
+        return as_batch(self.transform(pixels), labels, indices)
+
+
+# ---------------------------------------------------------------- both
+
+
+def choose_workers(source: Source, device_type: str) -> int:
+    """Return how many loader processes suit: none where images come as arrays and the model needs the cores itself."""
+    if source.uniform and device_type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores)
+
+
+def share(start: int, stop: int, rank: int, ranks: int) -> range:
+    """Return the positions of [start, stop) that fall to a rank; one after the other, the shares are the whole."""
+    size = stop - start
+    return range(start + size * rank // ranks, start + size * (rank + 1) // ranks)
+
+
 def fetch(source: Source, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8] | list[NDArray[np.uint8]], NDArray[np.int64]]:
     """Return images, (B, H, W, 3) or a list of (H, W, 3), and labels (B,)."""
     if source.uniform:
@@ -154,13 +288,49 @@ def fetch(source: Source, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8]
     return [image for image, _ in examples], np.array([label for _, label in examples], np.int64)
 
 
+def read_files(source: Source, indices: NDArray[np.int64]) -> tuple[list[bytes], NDArray[np.int64], list[str]]:
+    """Return files, labels (B,) and where each file lies."""
+    encoded = cast(EncodedSource, source)
+    numbers = indices.tolist()
+    files = [encoded.read(index) for index in numbers]
+    return files, np.asarray(encoded.labels[indices], np.int64), [encoded.where(index) for index in numbers]
+
+
 def as_batch(images: Tensor, labels: NDArray[np.int64], indices: NDArray[np.int64]) -> Batch:
     return {"images": images, "labels": torch.from_numpy(labels), "indices": torch.from_numpy(indices)}
 
 
-def stream(
-    make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool
+def account(
+    made: Generator[Made, None, None],
+    source: Source,
+    *,
+    limit: int,
+    say: Callable[[str], object],
+    finish: Callable[[int], object] | None = None,
 ) -> Generator[Batch, None, None]:
+    """Yield the batches, tell of each example that could not be read once, and raise DataError when there are too many."""
+    met: set[int] = set()
+    with closing(made):
+        for batch, unreadable in made:
+            for index, message in unreadable:
+                if index in met:
+                    continue
+                met.add(index)
+                if len(met) > limit:
+                    raise DataError(
+                        f"{source.name}: {len(met):,} different images cannot be read, more than data.skip_limit={limit}; run "
+                        f"`vit data check {source.name}` to list them all; the last: {message}"
+                    )
+                say(f"that cannot be read ({len(met):,} of at most {limit:,}): {message}")
+            if batch is not None:
+                yield batch
+    if met and finish is not None:
+        finish(len(met))
+
+
+def stream(
+    make: Callable[[Key], Made], keys: Sequence[Key], *, workers: int, pin_memory: bool
+) -> Generator[Made, None, None]:
     """Yield make(key) for every key, in order, prepared ahead of time."""
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:
@@ -168,47 +338,35 @@ def stream(
     return in_processes(make, keys, workers=workers, pin_memory=pin_memory)
 
 
-def in_thread(make: Callable[[Key], Batch], keys: Sequence[Key], *, pin_memory: bool) -> Generator[Batch, None, None]:
+def in_thread(make: Callable[[Key], Made], keys: Sequence[Key], *, pin_memory: bool) -> Generator[Made, None, None]:
     """Prepare batches in one background thread; it ends with the iterator, and its exceptions are raised to the consumer."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
-    stop = threading.Event()
 
-    def put(item: Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
+    def prepare(key: Key) -> Made:
+        batch, unreadable = made = make(key)
+        if not pin_memory or batch is None:
+            return made
+        return Made({name: tensor.pin_memory() for name, tensor in batch.items()}, unreadable)
 
-    def produce() -> None:
-        try:
-            for position in range(len(keys)):
-                if stop.is_set():
-                    return
-                batch = make(keys[position])
-                put({name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch)
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=produce, name="vit-batches", daemon=True)
-    thread.start()
+    ahead: deque[Future[Made]] = deque()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="vit-batches")
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        for position in range(len(keys)):
+            ahead.append(thread.submit(prepare, keys[position]))
+            if len(ahead) > PREFETCH:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
-        stop.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)
 
 
-class MadeBatches(Dataset[Batch | UserError]):
+class MadeBatches(Dataset[Made | UserError]):
     """A map-style data set whose items are whole micro-batches."""
 
-    def __init__(self, make: Callable[[Any], Batch]) -> None:
+    def __init__(self, make: Callable[[Any], Made]) -> None:
         self.make = make
 
-    def __getitem__(self, key: Any) -> Batch | UserError:
+    def __getitem__(self, key: Any) -> Made | UserError:
         try:
             return self.make(key)
         except UserError as error:  # returned, not raised: DataLoader would wrap its one line in a traceback
@@ -216,8 +374,8 @@ class MadeBatches(Dataset[Batch | UserError]):
 
 
 def in_processes(
-    make: Callable[[Key], Batch], keys: Sequence[Key], *, workers: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
+    make: Callable[[Key], Made], keys: Sequence[Key], *, workers: int, pin_memory: bool
+) -> Generator[Made, None, None]:
     """Prepare batches in loader processes; they end with the iterator."""
     held_back = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)  # until a new process has said that it ignores them

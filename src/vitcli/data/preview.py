@@ -1,4 +1,4 @@
-"""Contact sheets: what a source holds, or what augmentation makes of it, as one labelled picture."""
+"""Contact sheets: what a source holds, and what augmentation makes of it, as one labelled picture."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vitcli.data.protocol import Source
 from vitcli.data.shapes import ShapesSource
-from vitcli.data.sources import Source
 from vitcli.data.transforms import TrainTransform
 from vitcli.randomness import derive_seed, permute
 
@@ -16,6 +16,7 @@ __all__ = ["contact_sheet", "preview"]
 CELL = 96  # px, side of a picture on the sheet
 CAPTION = 16  # px, height of the line below it
 GAP = 4  # px
+LOOKED_AT = 2000  # examples made to find some of each class, where labels are computed
 
 
 def preview(
@@ -24,18 +25,21 @@ def preview(
     """Draw a sheet of examples: a row for each of `rows` classes spread over all, `columns` examples of each.
 
     Args:
-        transform: show the images after this augmentation, in as many passes as a class has too few examples.
+        transform: below each row, show the same images after this augmentation; an image that stands there twice, because its
+            class has too few, is augmented differently each time.
     """
     picked = pick(source, rows=rows, columns=columns, seed=seed)
     images, captions = [], []
-    for position, index in enumerate(picked.tolist()):
-        image, label = source[index]
+    for start in range(0, len(picked), columns):
+        examples = [source[index] for index in picked[start : start + columns].tolist()]
+        images += [image for image, _ in examples]
+        captions += [source.classes[label] for _, label in examples]
         if transform is not None:
-            epochs = np.array([position])  # an image that is there twice is augmented differently
-            tensor = transform([image], seed=seed, epochs=epochs, indices=np.array([index]))
-            image = tensor[0].permute(1, 2, 0).numpy()
-        images.append(image)
-        captions.append(source.classes[label])
+            for position, (image, _) in enumerate(examples, start):
+                epochs, indices = np.array([position]), picked[position : position + 1]
+                tensor = transform([image], seed=seed, epochs=epochs, indices=indices)
+                images.append(tensor[0].permute(1, 2, 0).numpy())
+            captions += ["augmented"] * len(examples)
     return contact_sheet(images, captions, columns=columns)
 
 
@@ -44,7 +48,8 @@ def pick(source: Source, *, rows: int, columns: int, seed: int) -> NDArray[np.in
     labels = source.labels
     if isinstance(source, ShapesSource):  # in every block of as many examples as classes each class comes once
         labels = source.label_of(np.arange(min(len(source), columns * len(source.classes))))
-    assert labels is not None
+    elif labels is None:  # computed by a part of a mix: look at some
+        labels = np.array([source[index][1] for index in range(min(len(source), LOOKED_AT))])
     shown = np.unique(np.linspace(0, len(source.classes) - 1, rows).astype(np.int64))
     picked = []
     for label in shown.tolist():

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["crop_resize", "crop_resize_each"]
+__all__ = ["Box", "crop_resize", "crop_resize_each", "resize_part"]
 
 PRECISION_BITS = 22  # Pillow: 32 - 8 bits of the pixel - 2 bits of room for the sum
 LARGE_PIXELS = 96 * 96  # above it Pillow's loop in C is faster than our passes over arrays
@@ -50,10 +50,16 @@ def crop_resize_each(images: list[NDArray[np.uint8]], boxes: Box, *, size: tuple
             image = image[int(top) : int(bottom), int(left) : int(right)]
             top, left, bottom, right = 0.0, 0.0, float(image.shape[0]), float(image.shape[1])
         picture = Image.fromarray(np.ascontiguousarray(image))
-        # Two calls, because Pillow's own order of the passes depends on its version and on the shape.
-        picture = picture.resize((size[1], picture.height), Image.Resampling.BILINEAR, box=(left, 0, right, picture.height))
-        out[i] = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(0, top, size[1], bottom)))
+        out[i] = np.asarray(resize_part(picture, (top, left, bottom, right), size=size))
     return out
+
+
+def resize_part(picture: Image.Image, box: tuple[float, float, float, float], *, size: tuple[int, int]) -> Image.Image:
+    """Resize a box (top, left, bottom, right) of a picture to `size`, (height, width); the filter may look outside of the box."""
+    top, left, bottom, right = box
+    # Two calls, because Pillow's own order of the passes depends on its version and on the shape.
+    picture = picture.resize((size[1], picture.height), Image.Resampling.BILINEAR, box=(left, 0, right, picture.height))
+    return picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(0, top, size[1], bottom))
 
 
 def filter_rows(

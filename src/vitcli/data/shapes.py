@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from vitcli.data.protocol import Labels, SourceDefaults
 from vitcli.randomness import derive_seed, normal, permute, uniform
 
 __all__ = ["ShapesSource"]
@@ -164,7 +165,7 @@ def fractal_noise(side: int, seed: int) -> Singles:
     return (plane / np.abs(plane).max()).astype(np.float32)
 
 
-class ShapesSource:
+class ShapesSource(SourceDefaults):
     """The embedded corpus as a map-style source: any example of any split, at any size, made on request.
 
     Classes are balanced in every run of `classes` consecutive examples; both splits show the same classes in different
@@ -179,7 +180,7 @@ class ShapesSource:
     """
 
     uniform = True  # every image has `image_size`, so `batch` exists
-    labels: NDArray[np.int64] | None = None  # too many to list: see `label_of`
+    labels: Labels | None = None  # too many to list: see `label_of`
 
     def __init__(self, *, classes: int, examples: int, image_size: tuple[int, int], seed: int, split: str) -> None:
         if not 2 <= classes <= MAX_CLASSES:

@@ -1,6 +1,5 @@
 """What `cifar10`, `digits`, `folder:PATH` and `shapes` mean: every source is map-style, `len()` and `[index]`.
 
-A source whose images all have one size, in memory or procedural, is `uniform` and also gives whole batches at once.
 Sets small enough are decoded once (see `cache`); larger ones are decoded image by image by the loader's processes.
 """
 
@@ -8,16 +7,20 @@ import difflib
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.config import DataConfig
-from vitcli.data.cache import Pixels, decode_once, default_cache_dir, estimate_decoded_bytes
+from vitcli.data.cache import Pixels, cache_key, decode_once, default_cache_dir, estimate_decoded_bytes
 from vitcli.data.folders import ImageFiles, Split, open_folder
-from vitcli.data.images import read_image
+from vitcli.data.images import decode
+from vitcli.data.mix import MixSource
 from vitcli.data.named import NAMED_SETS, Arrays, data_root, load_named
+from vitcli.data.protocol import EncodedSource, Labels, SourceDefaults, Source, UniformSource
+from vitcli.data.shards import open_shards
+from vitcli.data.subset import take_subset
 from vitcli.errors import DataError
 from vitcli.randomness import derive_seed, permute
 
@@ -26,31 +29,7 @@ __all__ = ["ArraySource", "DecodedSource", "FileSource", "Source", "UniformSourc
 DIGITS_VAL_FRACTION = 0.2  # scikit-learn publishes no split: 1,438 to train on, 359 to evaluate on
 
 
-class Source(Protocol):
-    """Labelled images by index."""
-
-    name: str
-    classes: list[str]
-    labels: NDArray[np.int64] | None  # (N,), None where they are computed
-    fingerprint: str  # equal for equal content, wherever it is stored
-    uniform: bool
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """Return the image, (H, W, 3), and its label."""
-        ...
-
-
-class UniformSource(Source, Protocol):
-    """A source with images of one size, for vectorised augmentation."""
-
-    def batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Return images (B, H, W, 3) and labels (B,)."""
-        ...
-
-
-class ArraySource:
+class ArraySource(SourceDefaults):
     """Images of one size held as an array, (N, H, W, 3) or grey (N, H, W)."""
 
     uniform = True
@@ -59,7 +38,7 @@ class ArraySource:
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: list[str], *, name: str, fingerprint: str
     ) -> None:
         self.images = images
-        self.labels: NDArray[np.int64] | None = labels
+        self.labels: Labels | None = labels
         self.classes = classes
         self.name = name
         self.fingerprint = fingerprint
@@ -80,59 +59,89 @@ class ArraySource:
         return images, self._labels[indices]
 
 
-class DecodedSource:
+class DecodedSource(SourceDefaults):
     """Decoded images of any size, usually memory-mapped from the cache."""
 
-    def __init__(self, pixels: Pixels, files: ImageFiles, *, name: str, fingerprint: str) -> None:
+    def __init__(self, pixels: Pixels, source: EncodedSource) -> None:
         self.pixels = pixels
-        self.labels: NDArray[np.int64] | None = files.labels
-        self.classes = files.classes
-        self.name = name
-        self.fingerprint = fingerprint
+        self.labels: Labels | None = source.labels
+        self.classes = source.classes
+        self.name = source.name
+        self.fingerprint = source.fingerprint
         self.uniform = pixels.uniform
-        self._labels = files.labels
+        self._source = source
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        return self.pixels[index], int(self._labels[index])
+        return self.pixels[index], int(self._source.labels[index])
 
     def batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Return images (B, H, W, 3) and labels (B,); only where all images have one size."""
-        return self.pixels.stacked()[indices], self._labels[indices]
+        return self.pixels.stacked()[indices], self._source.labels[indices].astype(np.int64)
+
+    def where(self, index: int) -> str:
+        """Say where an example lies."""
+        return self._source.where(index)
 
 
-class FileSource:
+class FileSource(SourceDefaults):
     """Image files, decoded each time they are asked for."""
 
-    uniform = False
+    encoded = True
 
-    def __init__(self, files: ImageFiles, *, name: str, fingerprint: str) -> None:
+    def __init__(self, files: ImageFiles, *, name: str) -> None:
         self.files = files
-        self.labels: NDArray[np.int64] | None = files.labels
+        self.labels: Labels = files.labels
         self.classes = files.classes
         self.name = name
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint_of(files)
 
     def __len__(self) -> int:
         return len(self.files.relative)
 
+    def where(self, index: int) -> str:
+        """Return the file's path."""
+        return os.path.join(self.files.root, self.files.relative[index])
+
+    def read(self, index: int) -> bytes:
+        """Return the file's content."""
+        path = self.where(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise DataError(f"{path}: cannot read this image: {error.strerror}; repair or remove it") from error
+
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        path = os.path.join(self.files.root, self.files.relative[index])
-        return read_image(path), int(self.files.labels[index])
+        return decode(self.read(index), where=self.where(index)), int(self.files.labels[index])
 
 
 def open_source(spec: str, *, split: Split, data: DataConfig) -> Source:
     """Open one split of the set that `spec` names; `val` is the split to evaluate on, the test set where one is published.
 
     Args:
-        spec: a name, or folder:PATH.
-        data: where to look, how large to cache; `data.source` is not read, so that two sets may share a section.
+        spec: a name, kind:PLACE, or mix.
+        data: where to look, how large to cache, which part of the training split; `data.source` and `data.val_source` are not
+            read, so that several sets may share a section.
 
     Raises:
         DataError: unknown name, nothing found, or content that makes no labelled set.
     """
+    if spec == "mix":
+        assert data.mix is not None
+        parts = [open_whole(part.source, split=split, data=data) for part in data.mix]
+        source: Source = MixSource(parts, weights=[part.weight for part in data.mix], classes=data.mix_classes)
+    else:
+        source = open_whole(spec, split=split, data=data)
+    if split == "train" and data.examples is not None:
+        source = take_subset(source, examples=data.examples, seed=data.subset_seed)
+    return source
+
+
+def open_whole(spec: str, *, split: Split, data: DataConfig) -> Source:
+    """Open one split of a single set."""
     if spec == "shapes":
         from vitcli.data.shapes import ShapesSource
 
@@ -147,17 +156,26 @@ def open_source(spec: str, *, split: Split, data: DataConfig) -> Source:
         found = load_named(spec, split=split, root=data_root(data.root), val_fraction=data.val_fraction)
         if isinstance(found, Arrays):
             return from_arrays(found, name=spec)
-        return from_files(found, name=spec, split=split, data=data)
-    kind, _, path = spec.partition(":")
-    if kind == "folder" and path:
-        files = open_folder(Path(path), split=split, val_fraction=data.val_fraction)
-        return from_files(files, name=spec, split=split, data=data)
+        return decoded(FileSource(found, name=spec), key=cache_key(found), split=split, data=data)
+    kind, _, place = spec.partition(":")
+    if kind == "folder" and place:
+        files = open_folder(Path(place), split=split, val_fraction=data.val_fraction)
+        return decoded(FileSource(files, name=spec), key=cache_key(files), split=split, data=data)
+    if kind == "shards" and place:
+        shards = open_shards(place, split=split, data=data, cache_dir=default_cache_dir())
+        return shards if shards.remote else decoded(shards, key=shards.cache_key, split=split, data=data)
+    if kind == "hf" and place:
+        from vitcli.data.hub import open_hub
+
+        return open_hub(place, split=split, label_key=data.label_key, val_fraction=data.val_fraction)
     names = ["shapes", "digits", *NAMED_SETS]
     close = difflib.get_close_matches(spec, names, n=1)
     if not close and Path(spec).is_dir():
         close = [f"folder:{spec}"]
+    elif not close and spec.endswith(".tar"):
+        close = [f"shards:{spec}"]
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise DataError(f"{spec}: no such data set; known are {', '.join(names)} and folder:PATH{hint}")
+    raise DataError(f"{spec}: no such data set; known are {', '.join(names)}, folder:PATH, shards:PATTERN and hf:NAME{hint}")
 
 
 def from_arrays(arrays: Arrays, *, name: str) -> ArraySource:
@@ -168,13 +186,13 @@ def from_arrays(arrays: Arrays, *, name: str) -> ArraySource:
     return ArraySource(arrays.images, arrays.labels, arrays.classes, name=name, fingerprint=fingerprint)
 
 
-def from_files(files: ImageFiles, *, name: str, split: Split, data: DataConfig) -> Source:
-    fingerprint = fingerprint_of(files)
+def decoded(source: EncodedSource, *, key: str, split: Split, data: DataConfig) -> Source:
+    """Return the source decoded, if it is small enough; with bad images to skip it stays files, because they have no pixels."""
     limit_bytes = data.memory_cache_gib * 2**30
-    if limit_bytes and estimate_decoded_bytes(files) <= limit_bytes:
-        pixels = decode_once(files, cache_dir=default_cache_dir(), name=f"{name} {split}")
-        return DecodedSource(pixels, files, name=name, fingerprint=fingerprint)
-    return FileSource(files, name=name, fingerprint=fingerprint)
+    if not limit_bytes or data.on_error == "skip" or estimate_decoded_bytes(source) > limit_bytes:
+        return source
+    pixels = decode_once(source, key=key, cache_dir=default_cache_dir(), name=f"{source.name} {split}")
+    return DecodedSource(pixels, source)
 
 
 def fingerprint_of(files: ImageFiles) -> str:

@@ -4,7 +4,8 @@ What happens to an image is a function of (seed, epoch, index) alone: not of the
 Images stay uint8 until they are on the device; `normalise` and `mix_batch` run there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,13 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli.config import AugmentConfig
+from vitcli.data.images import EncodedImage
 from vitcli.data.randaugment import DRAWS_PER_LAYER, randaugment
-from vitcli.data.resample import Box, crop_resize, crop_resize_each
+from vitcli.data.resample import Box, crop_resize, crop_resize_each, resize_part
+from vitcli.errors import DataError, ExampleError
 from vitcli.randomness import derive_seed, uniform
 
 __all__ = ["EvalTransform", "TrainTransform", "mix_batch", "normalise"]
 
 Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]  # (B, H, W, 3), or (H, W, 3) each with different sizes
+Cutter = Callable[..., NDArray[np.uint8]]  # `cut` with its images given
 
 INCEPTION_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 INCEPTION_ASPECTS = (3 / 4, 4 / 3)  # width / height; Szegedy et al. 2014, section 6
@@ -40,17 +44,51 @@ class TrainTransform:
             images: uint8 (B, H, W, 3), or a list of (H, W, 3).
             epochs, indices: (B,) which pass each image is seen in, and which example of the source it is.
         """
-        augment = self.augment
         heights, widths = sides(images)
+        return self._augmented(partial(cut, images), heights, widths, seed=seed, epochs=epochs, indices=indices)
+
+    def from_encoded(
+        self,
+        files: Sequence[bytes],
+        *,
+        where: Sequence[str],
+        seed: int,
+        epochs: NDArray[np.int64],
+        indices: NDArray[np.int64],
+    ) -> Tensor:
+        """Do as `__call__` for image files, decoding only what the crops need (see `EncodedImage.part`).
+
+        Args:
+            files: (B,) contents of image files.
+            where: (B,) where each was found, for messages.
+
+        Raises:
+            ExampleError: a file is damaged; its `position` is the place in `files`.
+        """
+        opened = open_all(files, where)
+        heights, widths = sides_of(opened)
+        return self._augmented(partial(cut_files, opened), heights, widths, seed=seed, epochs=epochs, indices=indices)
+
+    def _augmented(
+        self,
+        cut: Cutter,
+        heights: NDArray[np.int64],
+        widths: NDArray[np.int64],
+        *,
+        seed: int,
+        epochs: NDArray[np.int64],
+        indices: NDArray[np.int64],
+    ) -> Tensor:
+        augment = self.augment
         draws = draw(seed, "crop", epochs, indices, 4 * INCEPTION_ATTEMPTS if augment.crop == "inception" else 2)
         if augment.crop == "inception":
             boxes = inception_boxes(heights, widths, draws, min_area=augment.min_area)
-            cropped = cut(images, boxes, size=self.image_size, clip=True)
+            cropped = cut(boxes, size=self.image_size, clip=True)
         elif augment.crop == "random":
             boxes = covering_boxes(heights, widths, draws, size=self.image_size, share=RANDOM_CROP_SHARE)
-            cropped = cut(images, boxes, size=self.image_size, clip=False)
+            cropped = cut(boxes, size=self.image_size, clip=False)
         else:
-            cropped = cut(images, whole_boxes(heights, widths), size=self.image_size, clip=True)
+            cropped = cut(whole_boxes(heights, widths), size=self.image_size, clip=True)
             if augment.crop == "pad":
                 cropped = pad_crop(cropped, draws, pad=augment.pad)
         if augment.flip:
@@ -72,12 +110,19 @@ class EvalTransform:
 
     def __call__(self, images: Images) -> Tensor:
         """Return images, uint8 (B, 3, *image_size), from uint8 (B, H, W, 3) or a list of (H, W, 3)."""
-        heights, widths = sides(images)
+        return self._shown(partial(cut, images), *sides(images))
+
+    def from_encoded(self, files: Sequence[bytes], *, where: Sequence[str]) -> Tensor:
+        """Do as `__call__` for image files; see `TrainTransform.from_encoded`."""
+        opened = open_all(files, where)
+        return self._shown(partial(cut_files, opened), *sides_of(opened))
+
+    def _shown(self, cut: Cutter, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Tensor:
         if self.crop_fraction is None:
-            return to_tensor(cut(images, whole_boxes(heights, widths), size=self.image_size, clip=True))
+            return to_tensor(cut(whole_boxes(heights, widths), size=self.image_size, clip=True))
         centre = np.full((len(heights), 2), 0.5)
         boxes = covering_boxes(heights, widths, centre, size=self.image_size, share=self.crop_fraction)
-        return to_tensor(cut(images, boxes, size=self.image_size, clip=False))
+        return to_tensor(cut(boxes, size=self.image_size, clip=False))
 
 
 def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -153,6 +198,35 @@ def cut(images: Images, boxes: Box, *, size: tuple[int, int], clip: bool) -> NDA
             return images.copy()
         return crop_resize(images, boxes, size=size, clip=clip)
     return crop_resize_each(list(images), boxes, size=size, clip=clip)
+
+
+def open_all(files: Sequence[bytes], where: Sequence[str]) -> list[EncodedImage]:
+    """Read the headers of image files. Raises ExampleError."""
+    opened = []
+    for position, (data, place) in enumerate(zip(files, where, strict=True)):
+        try:
+            opened.append(EncodedImage(data, where=place))
+        except DataError as error:
+            raise ExampleError(str(error), position) from error
+    return opened
+
+
+def sides_of(files: Sequence[EncodedImage]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return heights (B,) and widths (B,), px."""
+    shapes = np.array([(file.height, file.width) for file in files], np.int64).reshape(-1, 2)
+    return shapes[:, 0], shapes[:, 1]
+
+
+def cut_files(files: Sequence[EncodedImage], boxes: Box, *, size: tuple[int, int], clip: bool) -> NDArray[np.uint8]:
+    """Do as `cut` for image files, decoding them. Raises ExampleError."""
+    out = np.empty((len(files), *size, 3), np.uint8)
+    for position, (file, box) in enumerate(zip(files, boxes.tolist(), strict=True)):
+        try:
+            picture, part = file.part(box, size=size, clip=clip)
+        except DataError as error:
+            raise ExampleError(str(error), position) from error
+        out[position] = np.asarray(resize_part(picture, part, size=size))
+    return out
 
 
 def whole_boxes(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Box:

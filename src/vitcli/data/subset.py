@@ -1,0 +1,114 @@
+"""A class-balanced part of a source, nested by size: what a comparison over data sizes needs."""
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitcli.data.protocol import EncodedSource, Group, Labels, Source, SourceDefaults, UniformSource
+from vitcli.errors import DataError
+from vitcli.randomness import derive_seed, permute
+
+__all__ = ["SubsetSource", "balanced_prefix", "held_out", "take_subset"]
+
+
+class SubsetSource(SourceDefaults):
+    """The examples `keep`, ascending indices, of another source."""
+
+    def __init__(self, source: Source, keep: NDArray[np.int64], *, fingerprint: str) -> None:
+        self.source = source
+        self.keep = keep
+        self.name = source.name
+        self.classes = source.classes
+        self.labels: Labels | None = None if source.labels is None else np.asarray(source.labels)[keep]
+        self.fingerprint = fingerprint
+        self.uniform = source.uniform
+        self.encoded = source.encoded
+        self.remote = source.remote
+        self.block_starts = None if source.block_starts is None else self.moved(source.block_starts)
+        if source.groups is not None:
+            groups = []
+            for group in source.groups:
+                start, stop = self.moved(np.array([group.start, group.stop])).tolist()
+                blocks = None if group.block_starts is None else self.moved(group.block_starts)
+                groups.append(Group(start, stop, group.weight, blocks))
+            if not all(group.stop > group.start for group in groups):
+                raise DataError(f"{self.name}: data.examples={len(keep)} leaves nothing of a part of the mix; take more")
+            self.groups = groups
+
+    def moved(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where stretches of the whole source begin in this part of it; empty ones vanish."""
+        return np.unique(np.searchsorted(self.keep, starts)) if len(starts) > 2 else np.searchsorted(self.keep, starts)
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        return self.source[int(self.keep[index])]
+
+    def where(self, index: int) -> str:
+        """Say where an example lies."""
+        return self.source.where(int(self.keep[index]))
+
+    def batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return images (B, H, W, 3) and labels (B,); only of a uniform source."""
+        return cast(UniformSource, self.source).batch(self.keep[indices])
+
+    def read(self, index: int) -> bytes:
+        """Return a file as it is stored; only of an encoded source."""
+        return cast(EncodedSource, self.source).read(int(self.keep[index]))
+
+
+def take_subset(source: Source, *, examples: int, seed: int) -> Source:
+    """Return a class-balanced part of a source with `examples` examples.
+
+    Raises:
+        DataError: the source is smaller than that.
+    """
+    if examples > len(source):
+        raise DataError(f"{source.name}: data.examples is {examples:,}, but there are {len(source):,} training images; take fewer")
+    if source.labels is None and source.groups is not None:
+        raise DataError(f"{source.name}: data.examples cannot balance a mix whose parts compute their labels; limit the parts")
+    if source.labels is None:  # computed labels come in rounds of all classes
+        keep = np.arange(examples)
+    else:
+        keep = balanced_prefix(source.labels, examples=examples, seed=seed)
+    return SubsetSource(source, keep, fingerprint=f"{source.fingerprint}-{examples}-{seed}")
+
+
+def balanced_prefix(labels: NDArray[Any], *, examples: int, seed: int) -> NDArray[np.int64]:
+    """Choose `examples` indices, ascending: one of every class, then a second of every class, and so on.
+
+    A smaller choice is contained in every larger one. Classes differ by at most one example until the smallest is used up;
+    from there on the others go on.
+    """
+    labels = np.asarray(labels)
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    turn = np.empty(len(labels), np.int64)  # how many of its class come before an example
+    for label in np.flatnonzero(counts).tolist():
+        members = by_class[starts[label] : starts[label] + counts[label]]
+        turn[members] = permute(np.arange(len(members)), len(members), derive_seed("subset", seed, label))
+    tie = permute(labels, int(labels.max()) + 1, derive_seed("subset-classes", seed))  # which classes the last round begins with
+    return np.sort(np.lexsort((tie, turn))[:examples])
+
+
+def held_out(labels: NDArray[Any], *, fraction: float, name: str) -> NDArray[np.bool_]:
+    """Tell, (N,), which examples are held out: `fraction` of every class, at least one, never all of it.
+
+    Raises:
+        DataError: every class has a single example.
+    """
+    labels = np.asarray(labels)
+    out = np.zeros(len(labels), np.bool_)
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    for label in np.flatnonzero(counts).tolist():
+        count = int(counts[label])
+        chosen = permute(np.arange(min(count - 1, max(1, round(count * fraction)))), count, derive_seed("held-out", label))
+        out[by_class[starts[label] + chosen]] = True
+    if not out.any():
+        raise DataError(f"{name}: every class has a single image, so none can be held out; give data.val_source")
+    return out

@@ -56,7 +56,7 @@ def main() -> None:
     starts = np.arange(0, size + 1, args.shard_size)
     if not args.json:
         print(f"{args.shards} shards of {args.shard_size:,} images, {args.classes:,} classes, batches of {args.batch_size}")
-        print(f"{'on disk':10s} {'window':>10s} {'classes':>9s} {'shards':>8s} {'chi-square':>11s} {'neighbours':>11s} {'batches':>9s}")
+        print("on disk        window   classes   shards  chi-square  neighbours   batches")
     for on_disk, labels in (("sorted", by_class), ("shuffled", np.random.default_rng(args.seed).permutation(by_class))):
         for window in [*args.windows, args.shards]:
             order: Order = FullShuffle(size, seed=args.seed)

@@ -13,7 +13,7 @@ from vitcli.errors import DataError
 datasets = pytest.importorskip("datasets")
 
 
-def rows(count: int) -> dict[str, list[object]]:
+def rows(count: int) -> dict[str, object]:
     images = []
     for i in range(count):
         buffer = io.BytesIO()

@@ -24,7 +24,7 @@ def test_merged_classes_are_joined_by_name() -> None:
     assert [mix[i][1] for i in range(10)] == mix.labels.tolist()
     assert [int(mix[i][0][0, 0, 0]) for i in range(10)] == list(range(10))
     assert (mix.where(5), len(mix)) == ("b[1]", 10)
-    assert [(group.start, group.stop, group.weight) for group in mix.groups] == [(0, 4, 1), (4, 10, 3)]
+    assert [(group.start, group.stop, group.weight) for group in mix.groups or ()] == [(0, 4, 1), (4, 10, 3)]
 
 
 def test_classes_kept_apart_carry_their_part() -> None:

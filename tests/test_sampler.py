@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from vitcli.data.sampler import (
     quotas_of,
 )
 from vitcli.errors import DataError
-from vitcli.randomness import derive_seed, mix, permute
+from vitcli.randomness import mix, permute
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60)
 seeds = st.integers(0, 2**40)
@@ -82,23 +83,20 @@ def orders() -> dict[str, Order]:
 def test_full_shuffle_keeps_the_numbers_of_earlier_versions() -> None:
     epochs, indices = sequence(FullShuffle(1438, seed=7), 1434, 1442)
     assert epochs.tolist() == [0] * 4 + [1] * 4
-    expected = [permute([1434, 1435, 1436, 1437], 1438, derive_seed(7, "order", 0)), permute(range(4), 1438, derive_seed(7, "order", 1))]
-    assert indices.tolist() == np.concatenate(expected).tolist() == GOLDEN_ORDER
-
-
-GOLDEN_ORDER: list[int] = []
+    assert indices.tolist() == [397, 1304, 149, 1275, 137, 705, 1196, 392]  # as before there were other orders
 
 
 @pytest.mark.parametrize("kind", orders())
 def test_any_way_of_asking_gives_the_same_order(kind: str) -> None:
-    whole = sequence(orders()[kind], 0, 3000)
+    whole = sequence(orders()[kind], 0, 1500)
     rng = np.random.default_rng(0)
     for ranks in (1, 2, 3, 64):
-        cuts = [3000 * rank // ranks for rank in range(ranks + 1)]
-        parts = [sequence(orders()[kind], *pair) for pair in zip(cuts[:-1], cuts[1:], strict=True)]
+        cuts = [1500 * rank // ranks for rank in range(ranks + 1)]
+        order = orders()[kind]
+        parts = [sequence(order, *pair) for pair in pairwise(cuts)]
         for got, expected in zip(map(np.concatenate, zip(*parts, strict=True)), whole, strict=True):
             assert (got == expected).all()
-    scattered = rng.permutation(3000)[:500]
+    scattered = rng.permutation(1500)[:500]
     for order in (orders()[kind], pickle.loads(pickle.dumps(orders()[kind]))):  # as loader processes may get it
         for got, expected in zip(order.at(scattered), whole, strict=True):
             assert got.dtype == np.int64 and (got == expected[scattered]).all()
@@ -146,7 +144,7 @@ def test_every_epoch_of_blocks_shows_everything_once(lengths: list[int], window:
 
 
 @deterministic
-@given(st.integers(1, 3000), seeds, st.integers(0, 10**6))
+@given(st.integers(1, 1500), seeds, st.integers(0, 10**6))
 def test_every_epoch_of_a_full_shuffle_shows_everything_once(size: int, seed: int, epoch: int) -> None:
     epochs, indices = sequence(FullShuffle(size, seed=seed), epoch * size, (epoch + 1) * size)
     assert (epochs == epoch).all()
@@ -165,7 +163,7 @@ def test_a_window_is_made_of_whole_blocks_and_blocks_change_their_company() -> N
         assert max(np.subtract(last, first)) < 1000
         cuts = [place for place in range(starts[-1]) if all(b >= place or e < place for b, e in zip(first, last, strict=True))]
         windows = np.diff([*cuts, starts[-1]])
-        assert 7 <= len(windows) <= 9 and 600 <= min(windows) and max(windows) <= 1000
+        assert 7 <= len(windows) <= 9 and min(windows) >= 600 and max(windows) <= 1000
         company.append(np.searchsorted(cuts, first, side="right"))
     together = [row[:, None] == row[None] for row in company]
     assert (together[0] & together[1]).sum() < 0.5 * together[0].sum()
@@ -234,9 +232,9 @@ def test_mixtures_keep_their_weights_and_go_through_each_part_by_its_own_epochs(
     source = Listed(160, groups=groups, block_starts=None)
     order = build_order(source, config(shuffle_window=20), seed=3)
     assert isinstance(order, GroupShuffle) and isinstance(order.orders[1], BlockShuffle)
-    epochs, indices = sequence(order, 0, order.turns.period)
+    epochs, indices = sequence(order, 0, 4000)
     small = indices < 100
-    assert small.mean() == 0.25
+    assert abs(small.mean() - 0.25) < 0.02
     for members, start, size in ((small, 0, 100), (~small, 100, 60)):
         mine = indices[members]
         passes = mine[: len(mine) // size * size].reshape(-1, size)
@@ -249,16 +247,18 @@ def test_classes_are_balanced_within_each_part_of_a_mixture() -> None:
     source = Listed(160, groups=[Group(0, 100, 1.0), Group(100, 160, 1.0)], labels=labels)
     order = build_order(source, config(sampling="balanced"), seed=3)
     assert isinstance(order, GroupShuffle)
-    _, indices = sequence(order, 0, 600_000)
+    _, indices = sequence(order, 0, 70_000)
     first = indices < 100
-    assert abs(first.mean() - 0.5) < 1e-3
-    assert np.allclose(np.bincount(labels[indices[first]]) / first.sum(), [0.5, 0.5], atol=1e-3)
-    assert np.allclose(np.bincount(labels[indices[~first]]) / (~first).sum(), [1 / 3] * 3, atol=1e-3)
+    assert abs(first.mean() - 0.5) < 0.01
+    assert np.allclose(np.bincount(labels[indices[first]]) / first.sum(), [0.5, 0.5], atol=0.01)
+    assert np.allclose(np.bincount(labels[indices[~first]]) / (~first).sum(), [1 / 3] * 3, atol=0.01)
 
 
 def test_a_mixture_that_cannot_be_balanced_says_so() -> None:
     source = Listed(160, groups=[Group(0, 100, 1.0), Group(100, 160, 3.0)])
-    with pytest.raises(DataError, match=r"listed: data.sampling=sqrt needs the labels of all parts, .* take data.sampling=natural"):
+    with pytest.raises(
+        DataError, match=r"listed: data.sampling=sqrt needs the labels of all parts, .* take data.sampling=natu"
+    ):
         build_order(source, config(sampling="sqrt"), seed=0)
 
 
@@ -331,7 +331,7 @@ def test_permute_each_is_permute_with_many_sizes() -> None:
     assert all(sorted(got[sizes == n].tolist()) == list(range(n)) for n in (1, 3, 17, 400))
 
 
-def excess(order: Order, labels: NDArray[np.int64], *, batches: int = 200, batch_size: int = 256) -> float:
+def excess(order: Order, labels: NDArray[np.int64], *, batches: int = 100, batch_size: int = 256) -> float:
     """Return the chi-square of the batches' class counts over what it is if every batch were drawn from the whole set."""
     share = np.bincount(labels) / len(labels)
     expected = batch_size * share
@@ -357,10 +357,8 @@ def test_a_block_shuffle_is_as_good_as_its_window() -> None:
 
 
 def test_over_epochs_an_example_comes_anywhere() -> None:
-    order = BlockShuffle(starts_of([50] * 40), window=200, seed=5)
-    places = []
-    for epoch in range(300):
-        _, indices = sequence(order, epoch * 2000, (epoch + 1) * 2000)
-        places.append(np.flatnonzero(indices == 123)[0] / 2000)
+    order = BlockShuffle(starts_of([20] * 20), window=100, seed=5)
+    places = np.flatnonzero(sequence(order, 0, 120 * 400)[1] == 123) % 400 / 400
+    assert len(places) == 120
     assert stats.kstest(places, "uniform").pvalue > 1e-3
-    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.15
+    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.25

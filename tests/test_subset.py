@@ -1,5 +1,7 @@
 """Subsets: balanced, nested, and the same source behind them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ def source_with(labels: np.ndarray) -> ArraySource:
 def test_prefixes_are_nested_and_balanced() -> None:
     labels = labels_of([50, 30, 70])
     chosen = [balanced_prefix(labels, examples=n, seed=3) for n in range(1, 151)]
-    for smaller, larger in zip(chosen, chosen[1:], strict=False):
+    for smaller, larger in pairwise(chosen):
         assert set(smaller.tolist()) < set(larger.tolist())
     for n, keep in enumerate(chosen, start=1):
         assert len(keep) == n and (np.diff(keep) > 0).all()
@@ -46,7 +48,7 @@ def test_a_subset_shows_its_source() -> None:
     for i, kept in enumerate(subset.keep.tolist()):
         image, label = source[kept]
         assert np.array_equal(image, images[i]) and np.array_equal(image, subset[i][0])
-        assert label == labels[i] == subset.labels[i]
+        assert label == labels[i] == np.asarray(subset.labels)[i]
         assert subset.where(i) == source.where(kept)
     assert subset.fingerprint != take_subset(source, examples=11, seed=0).fingerprint
 
@@ -55,6 +57,7 @@ def test_blocks_shrink_with_the_subset() -> None:
     source = source_with(labels_of([10, 10, 10]))
     source.block_starts = np.array([0, 10, 20, 30])
     subset = take_subset(source, examples=9, seed=0)
+    assert isinstance(subset, SubsetSource)
     starts = subset.block_starts
     assert starts is not None and starts[0] == 0 and starts[-1] == 9
     for i in range(9):

@@ -181,6 +181,11 @@ def test_normalise() -> None:
     assert images.flatten().tolist() == [0, 255, 51]
 
 
+def planes(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(B, H, W, 3) to (B, 3, H, W)."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
 def draws_for(count: int, seed: int = 0) -> NDArray[np.float64]:
     return np.random.default_rng(seed).random((count, 3))
 
@@ -209,7 +214,7 @@ def test_randaugment_operations_equal_pillow() -> None:
     }
     draws = np.zeros((12, 3))  # positive sign
     for name, oracle in oracles.items():
-        ours = apply(name, images, draws, level=level).astype(int)
+        ours = apply(name, planes(images), draws, level=level).transpose(0, 2, 3, 1).astype(int)
         expected = np.stack([np.asarray(oracle(Image.fromarray(image))) for image in images]).astype(int)
         different = np.abs(ours - expected) > 1
         # nearest-neighbour lookups round differently by half a pixel where Pillow samples at pixel centres
@@ -217,23 +222,23 @@ def test_randaugment_operations_equal_pillow() -> None:
 
 
 def test_randaugment_geometry_goes_both_ways_and_fills_with_grey() -> None:
-    images = np.zeros((2, 33, 33, 3), np.uint8)
-    images[:, 16, 20] = 255
+    images = np.zeros((2, 3, 33, 33), np.uint8)
+    images[:, :, 16, 20] = 255
     draws = np.array([[0.1, 0, 0], [0.9, 0, 0]])  # + and -
     moved = apply("TranslateX", images, draws, level=0.2)
-    assert [np.argwhere(image[..., 0] == 255)[0].tolist() for image in moved] == [[16, 17], [16, 23]]
-    assert (moved[0, :, -1] == 128).all() and (moved[1, :, 0] == 128).all()
+    assert [np.argwhere(image[0] == 255)[0].tolist() for image in moved] == [[16, 17], [16, 23]]
+    assert (moved[0, :, :, -1] == 128).all() and (moved[1, :, :, 0] == 128).all()
     turned = apply("Rotate", images, draws, level=3.0)  # 90 degrees about the centre
-    assert sorted(np.argwhere(image[..., 0] == 255)[0].tolist() for image in turned) == [[12, 16], [20, 16]]
+    assert sorted(np.argwhere(image[0] == 255)[0].tolist() for image in turned) == [[12, 16], [20, 16]]
     cut = apply("Cutout", images, np.array([[0, 0.5, 0.5]] * 2), level=1.0)
-    assert (cut[0] == 128).all(axis=-1).sum() == 12 * 12
+    assert (cut[0] == 128).all(axis=0).sum() == 12 * 12
     for name in OPERATIONS:
         assert apply(name, images, draws, level=0.0).shape == images.shape
         assert apply(name, images, draws, level=3.0).dtype == np.uint8
 
 
 def test_randaugment_is_independent_of_the_batch_and_uses_every_operation() -> None:
-    images = random_images(400, 16, 16)
+    images = planes(random_images(400, 16, 16))
     draws = np.random.default_rng(5).random((400, 2, 4))
     out = randaugment(images, draws, magnitude=10)
     for i in range(0, 400, 7):

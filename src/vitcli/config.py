@@ -141,11 +141,11 @@ class DataConfig(Section):
     )
     shuffle_window: PositiveInt | None = Field(
         None,
-        description="images shuffled among each other at a time, in whole shards; null shuffles all, or 65,536 of remote shards",
+        description="images shuffled among each other, in whole shards; null shuffles all, or 65,536 of remote shards",
     )
     label_key: str = Field("label", description="where a shard's json members, or a Hugging Face set, keep the label")
     on_error: Literal["raise", "skip"] = Field("raise", description="an image that cannot be read ends the run, or is replaced")
-    skip_limit: Count = Field(100, description="on_error: skip ends the run when more different images than this cannot be read")
+    skip_limit: Count = Field(100, description="on_error: skip ends the run when more images than this cannot be read")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="held out where a source has no val or test split"
     )

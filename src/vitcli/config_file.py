@@ -254,9 +254,8 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("train.ema_decay", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
     if (data.source == "mix") != (data.mix is not None):
         fail("data.mix", "and data.source: mix go together; give both or neither")
-    if data.mix is not None:
-        if any(part.source == "mix" for part in data.mix) or not data.mix:
-            fail("data.mix", "needs one part or more, each a source of its own and none of them a mix")
+    if data.mix is not None and (any(part.source == "mix" for part in data.mix) or not data.mix):
+        fail("data.mix", "needs one part or more, each a source of its own and none of them a mix")
     if data.val_source == "mix" and data.source != "mix":
         fail("data.val_source", "is mix, but data.source is not; name a single source")
     if "shapes" in (data.source, data.val_source) and not all(16 <= side <= 512 for side in data.image_size):

@@ -314,7 +314,7 @@ def weights_of_classes(job: Job) -> Tensor | None:
 
 
 def class_weights_of(counts: NDArray[np.int64], *, kind: str) -> Tensor:
-    """Return weights (K,) by the inverse size of each class, or its root; their mean over the images is 1, empty classes have 0."""
+    """Return weights (K,) by the inverse size of each class, or its root; 1 on average over the images, 0 for empty classes."""
     sizes = np.maximum(counts, 1).astype(np.float64)
     weights = np.where(counts > 0, sizes ** (-1.0 if kind == "balanced" else -0.5), 0.0)
     return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()

@@ -96,7 +96,8 @@ def cache_key(files: ImageFiles) -> str:
 def decode_once(source: EncodedSource, *, key: str, cache_dir: Path, name: str) -> Pixels:
     """Return the decoded set: mapped from `cache_dir` when it is there, else decoded now and stored.
 
-    `key` stands for everything the pixels depend on but our own format. Where the cache cannot be written (no permission, disk full) the pixels stay in memory, and a notice says so.
+    `key` stands for everything the pixels depend on but our own format. Where the cache cannot be written (no permission, disk
+    full) the pixels stay in memory, and a notice says so.
 
     Raises:
         DataError: an image is damaged; nothing is stored then.

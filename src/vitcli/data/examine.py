@@ -129,7 +129,8 @@ class Notes:
         self.places.append(place)
         self.labels.append(label)
         self.sizes.append((image.shape[0], image.shape[1]))
-        self.grey.append(bool((image == image[:, :, :1]).all()))
+        red, green, blue = image[:, :, 0], image[:, :, 1], image[:, :, 2]
+        self.grey.append(np.array_equal(red, green) and np.array_equal(green, blue))
         digest = hashlib.sha256(repr(image.shape).encode())
         digest.update(np.ascontiguousarray(image).data)
         self.digests.append(digest.digest()[:16])

@@ -12,7 +12,7 @@ from vitcli.data.examine import Finding, Notes, Seen
 from vitcli.data.folders import Split
 from vitcli.data.remote import RemoteCopies, is_remote, stat_remote
 from vitcli.data.shard_scan import DEFAULT_LABEL_KEY, IMAGES, read_label, split_name
-from vitcli.data.shard_sets import SetInfo, choose_shards, folder_of, read_set_info, same
+from vitcli.data.shard_sets import SetInfo, choose_shards, folder_of, read_set_info
 from vitcli.data.tar import Member, iter_members, printable
 from vitcli.errors import DataError
 
@@ -36,7 +36,7 @@ class ShardReader:
     @property
     def total(self) -> int | None:
         """Return the number of images if `_info.json` says it for all shards."""
-        stated = [self.lengths.get(same(url)) for url in self.urls]
+        stated = [self.lengths.get(spelt(url)) for url in self.urls]
         return sum(length for length in stated if length is not None) if None not in stated else None
 
     @property
@@ -99,7 +99,7 @@ class ShardReader:
                     notes.findings.append(Finding("label-without-image", place, "no image of this name in the shard"))
         if not images and whole:
             notes.findings.append(Finding("empty", url, "no images in this shard"))
-        stated = self.lengths.get(same(url))
+        stated = self.lengths.get(spelt(url))
         if whole and stated is not None and stated != len(images):
             notes.findings.append(Finding("count-mismatch", url, f"{len(images):,} images, but _info.json says {stated:,}"))
         kinds = LABELS if self.label_key == DEFAULT_LABEL_KEY else LABELS[::-1]
@@ -118,10 +118,11 @@ class ShardReader:
         """Return a label as a number, -1 for one that is wrong; note what is wrong."""
         place = f"{url}:{printable(member.name)}"
         try:
-            value = read_label(shard, member, kind, where=place, label_key=self.label_key)
-        except DataError as error:
-            reason = str(error).removeprefix(f"{place}: ")
-            notes.findings.append(Finding("label-out-of-range" if "out of range" in reason else "bad-label", place, reason))
+            value = read_label(shard, member, kind, label_key=self.label_key)
+        except (ValueError, RecursionError, OSError) as error:
+            reason = " ".join(str(error).split())
+            what = "missing-label" if reason.startswith("no label") else "bad-label"
+            notes.findings.append(Finding("label-out-of-range" if "out of range" in reason else what, place, reason))
             return -1
         if self.classes is None:
             return names.setdefault(str(value), len(names))
@@ -132,6 +133,11 @@ class ShardReader:
         expected = f"label {printable(str(value))[:80]}, expected one of {len(self.classes):,} classes, numbered from 0"
         notes.findings.append(Finding("label-out-of-range", place, expected))
         return -1
+
+
+def spelt(url: str) -> str:
+    """Return one spelling for all that mean one place."""
+    return url if is_remote(url) else os.path.abspath(url)
 
 
 def shard_damage(url: str, message: str) -> Finding:
@@ -199,15 +205,15 @@ def read_shards(
     for split, urls in found.items():
         place = folder_of(urls)
         info = SetInfo("") if place is None else read_set_info(place)
-        lengths = {same(url): length for url, length in info.lengths.items()}
+        lengths = {spelt(url): length for url, length in info.lengths.items()}
         absent = []
         listed = info.train if split == "train" else info.evaluation
-        if listed is not None and {same(url) for url in urls} <= set(map(same, listed)):
-            known = {same(url) for url in urls}
+        if listed is not None and {spelt(url) for url in urls} <= {spelt(url) for url in listed}:
+            known = {spelt(url) for url in urls}
             absent = [
                 Finding("unreadable", url, "listed in _info.json, but not there")
                 for url in listed
-                if same(url) not in known and not is_remote(url) and not os.path.exists(url)
+                if spelt(url) not in known and not is_remote(url) and not os.path.exists(url)
             ]
         readers[split] = ShardReader(urls, info.classes, lengths, label_key, copies, absent)
     return readers

@@ -121,7 +121,8 @@ def read_labels(datasets: Any, rows: Any, label_key: str, name: str) -> tuple[ND
         outside = np.flatnonzero((labels < 0) | (labels >= kind.num_classes))
         if len(outside):
             raise DataError(
-                f"{name}[{outside[0]}]: label {labels[outside[0]]}, expected 0 to {kind.num_classes - 1}; repair or remove the row"
+                f"{name}[{outside[0]}]: label {labels[outside[0]]}, expected 0 to {kind.num_classes - 1}; "
+                "repair or remove the row"
             )
         return labels, list(kind.names)
     if not all(isinstance(value, str | int) for value in column):

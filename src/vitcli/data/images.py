@@ -126,6 +126,8 @@ def orientation(image: Image.Image, data: bytes | None = None) -> int:
     if image.format in ("JPEG", "MPO", "WEBP"):  # their headers are complete, and most tell nothing: getexif() costs more
         if "exif" not in image.info and "xmp" not in image.info:
             return 1
+    elif image.format == "TIFF":  # Pillow turns these upright itself
+        return 1
     elif image.format == "PNG" and data is not None and not any(mark in data for mark in LATE_EXIF):
         return 1
     return int(image.getexif().get(EXIF_ORIENTATION, 1))

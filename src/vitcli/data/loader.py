@@ -328,9 +328,7 @@ def account(
         finish(len(met))
 
 
-def stream(
-    make: Callable[[Key], Made], keys: Sequence[Key], *, workers: int, pin_memory: bool
-) -> Generator[Made, None, None]:
+def stream(make: Callable[[Key], Made], keys: Sequence[Key], *, workers: int, pin_memory: bool) -> Generator[Made, None, None]:
     """Yield make(key) for every key, in order, prepared ahead of time."""
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:

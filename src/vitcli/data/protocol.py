@@ -31,13 +31,17 @@ class Source(Protocol):
 
     name: str
     classes: list[str]
-    labels: Labels | None  # (N,), None where they are computed
     fingerprint: str  # equal for equal content, wherever it is stored
     uniform: bool
     encoded: bool
     remote: bool  # reading at random is expensive
     block_starts: NDArray[np.int64] | None  # (K + 1,): where stretches that lie together begin, such as shards, then N
     groups: Sequence[Group] | None  # of a mixture
+
+    @property
+    def labels(self) -> Labels | None:
+        """Return all labels, (N,); None where they are computed."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -61,7 +65,10 @@ class UniformSource(Source, Protocol):
 class EncodedSource(Source, Protocol):
     """A source of image files."""
 
-    labels: Labels
+    @property
+    def labels(self) -> Labels:
+        """Return all labels, (N,)."""
+        ...
 
     def read(self, index: int) -> bytes:
         """Return the file as it is stored; raise DataError, naming it, if that fails."""

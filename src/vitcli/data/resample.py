@@ -55,7 +55,7 @@ def crop_resize_each(images: list[NDArray[np.uint8]], boxes: Box, *, size: tuple
 
 
 def resize_part(picture: Image.Image, box: tuple[float, float, float, float], *, size: tuple[int, int]) -> Image.Image:
-    """Resize a box (top, left, bottom, right) of a picture to `size`, (height, width); the filter may look outside of the box."""
+    """Resize a box (top, left, bottom, right) of a picture to `size`, (height, width); the filter may look beyond the box."""
     top, left, bottom, right = box
     # Two calls, because Pillow's own order of the passes depends on its version and on the shape.
     picture = picture.resize((size[1], picture.height), Image.Resampling.BILINEAR, box=(left, 0, right, picture.height))

@@ -55,7 +55,7 @@ def build_order(source: Source, data: DataConfig, *, seed: int) -> Order:
         return order_within(len(source), source.labels, source.block_starts, remote=source.remote, data=data, seed=seed)
     if source.labels is None and data.sampling != "natural":
         raise DataError(
-            f"{source.name}: data.sampling={data.sampling} needs the labels of all parts, but one computes its labels as it goes; "
+            f"{source.name}: data.sampling={data.sampling} needs the labels of all parts, but one computes its labels; "
             "take data.sampling=natural, or leave that part out"
         )
     orders = [
@@ -271,7 +271,7 @@ def quotas_of(weights: Sequence[float]) -> Integers:
 
 
 def permute_each(positions: Integers, sizes: Integers, keys: NDArray[np.uint64]) -> Integers:
-    """Map each position (B,) to where a shuffle of sizes[b] items, drawn by keys[b], puts it: `permute` with many sizes at once.
+    """Map each position (B,) to where a shuffle of sizes[b] items, drawn by keys[b], puts it: `permute` for many sizes.
 
     Args:
         sizes: (B,) each above its position.

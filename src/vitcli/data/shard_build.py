@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +28,7 @@ from vitcli.data.parallel import available_cores, in_processes
 from vitcli.data.remote import RemoteCopies, is_remote, locked, stat_remote
 from vitcli.data.shard_index import IndexWriter, ShardIndex, Stat
 from vitcli.data.shard_scan import DEFAULT_LABEL_KEY, Part, scan_shard
-from vitcli.data.shard_sets import SetInfo, folder_of, read_set_info, same
+from vitcli.data.shard_sets import SetInfo, folder_of, read_set_info, spelt_alike
 from vitcli.data.tar import BLOCK, name_at, printable
 from vitcli.errors import DataError
 
@@ -52,6 +53,7 @@ def build_index(
     workers: int | None = None,
     beside: bool = False,
     remote_cache_gib: float = 100.0,
+    info: SetInfo | None = None,
 ) -> ShardIndex:
     """Return the index of some shards: the stored one if they have not changed since, else make and store it.
 
@@ -62,16 +64,19 @@ def build_index(
         classes: class names by label; else a list beside the shards, else what the labels say.
         workers: processes; else as many as there are cores.
         beside: create that folder beside the shards.
+        info: what lies beside the shards, if that has been read.
 
     Raises:
         DataError: a shard is missing, empty, damaged, of another length than `_info.json` says, or has an image without a
             label, with one that is no class, or two images of one name; names shard:member.
     """
     place = folder_of(urls)
-    info = SetInfo("") if place is None else read_set_info(place)
+    if info is None:
+        info = SetInfo("") if place is None else read_set_info(place)
     listed = list(classes) if classes is not None else info.classes
     stats = stat_shards(urls)
-    roots = [(cache_dir / "shards", [same(url) for url in urls])]
+    spelt = spelt_alike(urls)
+    roots = [(cache_dir / "shards", spelt)]
     if place is not None and not is_remote(place):
         folder = Path(place) / BESIDE
         if beside:
@@ -98,7 +103,7 @@ def build_index(
                 f"{plan.root}: cannot write the index of the shards here: {error.strerror or error}; "
                 "set VIT_CACHE to a folder with room"
             ) from error
-    check_lengths(index, info)
+    check_lengths(index, info, spelt)
     return index
 
 
@@ -106,8 +111,10 @@ def stat_shards(urls: Sequence[str]) -> list[Stat]:
     """Return each shard's size and time stamp; raise DataError if one is missing or empty."""
     if len(urls) < MANY and not any(map(is_remote, urls)):
         return [stat_shard(url) for url in urls]
+    share = -(-len(urls) // THREADS)
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(stat_shard, urls))
+        shares = pool.map(lambda start: [stat_shard(url) for url in urls[start : start + share]], range(0, len(urls), share))
+        return [stat for some in shares for stat in some]
 
 
 def stat_shard(url: str) -> Stat:
@@ -128,19 +135,18 @@ def stat_shard(url: str) -> Stat:
     return size, stamp
 
 
-def check_lengths(index: ShardIndex, info: SetInfo) -> None:
+def check_lengths(index: ShardIndex, info: SetInfo, spelt: Sequence[str]) -> None:
     """Raise DataError if a shard holds more or fewer images than `_info.json` says."""
-    stated = {same(url): length for url, length in info.lengths.items()}
-    for url, length in zip(index.urls, np.diff(index.starts).tolist(), strict=True):
-        expected = stated.get(same(url), length)
+    stated = dict(zip(spelt_alike(info.lengths), info.lengths.values()))
+    for url, place, length in zip(index.urls, spelt, np.diff(index.starts).tolist(), strict=True):
+        expected = stated.get(place, length)
         if length != expected:
             raise DataError(
                 f"{url}: this shard holds {length:,} images, but {info.folder}/_info.json says {expected:,}; "
                 "copy the shard again, or correct the list"
             )
-    spelt = {same(url) for url in index.urls}
     for split, total in info.totals.items():
-        if spelt == set(map(same, info.splits[split])) and total != len(index):
+        if set(spelt) == set(spelt_alike(info.splits[split])) and total != len(index):
             raise DataError(
                 f"{info.folder}/_info.json: says that split {split} has {total:,} examples, but its shards hold "
                 f"{len(index):,}; correct the list"
@@ -158,12 +164,12 @@ class Plan:
     label_key: str
     listed: list[str] | None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Return what all indexes of the shards in one place have in common."""
         return shorten(FORMAT_VERSION, self.label_key, self.names[0].rpartition("/")[0])
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         return self.root / f"{self.key}-{shorten(self.names, self.stats, self.listed)}"
 

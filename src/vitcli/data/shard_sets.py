@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -18,7 +18,7 @@ from vitcli.data.folders import EVALUATION_FOLDERS, Split
 from vitcli.data.remote import is_remote, list_remote, read_if_there
 from vitcli.errors import DataError
 
-__all__ = ["SetInfo", "ShardChoice", "choose_shards", "expand_shards", "folder_of", "read_set_info"]
+__all__ = ["SetInfo", "ShardChoice", "choose_shards", "expand_shards", "folder_of", "read_set_info", "spelt_alike"]
 
 INFO = "_info.json"
 CLASS_LISTS = ("classnames.txt", "classes.txt")  # or a list in _info.json, under one of:
@@ -55,6 +55,7 @@ class ShardChoice:
     urls: list[str]
     hold_out: bool
     train: list[str] | None  # where the classes come from if no list names them
+    info: SetInfo
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -150,9 +151,19 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
-def same(url: str) -> str:
-    """Return one spelling for all that mean one place."""
-    return url if is_remote(url) else os.path.abspath(url)
+def spelt_alike(urls: Iterable[str]) -> list[str]:
+    """Return one spelling for all that mean one place: absolute paths, and URLs as they are."""
+    folders: dict[str, str] = {}  # tens of thousands of shards lie in a few
+    spelt = []
+    for url in urls:
+        folder, slash, name = url.rpartition("/")
+        if is_remote(url):
+            spelt.append(url)
+            continue
+        if folder not in folders:
+            folders[folder] = os.path.abspath(folder or slash or ".").rstrip("/")
+        spelt.append(f"{folders[folder]}/{name}")
+    return spelt
 
 
 def choose_shards(pattern: str, split: Split) -> ShardChoice:
@@ -182,23 +193,23 @@ def choose_shards(pattern: str, split: Split) -> ShardChoice:
         urls = expand_shards(pattern)
         place = folder_of(urls)
         info = SetInfo("") if place is None else read_set_info(place)
-        spelt = {same(url) for url in urls}
-        if info.train is not None and spelt <= set(map(same, info.train)):
+        spelt = set(spelt_alike(urls))
+        if info.train is not None and spelt <= set(spelt_alike(info.train)):
             train, evaluation = urls, info.evaluation
-        elif any(name in EVALUATION_FOLDERS and spelt <= set(map(same, listed)) for name, listed in info.splits.items()):
+        elif any(name in EVALUATION_FOLDERS and spelt <= set(spelt_alike(listed)) for name, listed in info.splits.items()):
             train, evaluation = info.train, urls
         elif all(split_word(url) == "val" for url in urls):
             train, evaluation = None, urls
         else:
             train, evaluation = urls, None
     if split == "val" and evaluation is not None:
-        return ShardChoice(evaluation, hold_out=False, train=train)
+        return ShardChoice(evaluation, hold_out=False, train=train, info=info)
     if train is None:
         raise DataError(
             f"{pattern}: these are shards to evaluate on, and no training shards are known; "
             f"name the training shards, or list both splits in {INFO} beside them"
         )
-    return ShardChoice(train, hold_out=evaluation is None, train=train)
+    return ShardChoice(train, hold_out=evaluation is None, train=train, info=info)
 
 
 def split_word(url: str) -> str | None:

@@ -22,7 +22,7 @@ from vitcli.data.protocol import Labels, SourceDefaults
 from vitcli.data.remote import RemoteCopies, is_remote
 from vitcli.data.shard_build import build_index
 from vitcli.data.shard_index import ShardIndex
-from vitcli.data.shard_sets import ShardChoice, choose_shards, expand_shards, same
+from vitcli.data.shard_sets import ShardChoice, choose_shards, expand_shards, spelt_alike
 from vitcli.data.subset import held_out
 from vitcli.data.tar import Member, iter_members, name_at
 from vitcli.errors import DataError
@@ -90,7 +90,8 @@ class ShardSource(SourceDefaults):
         part = "" if side is None else side[0].name
         self.fingerprint = hashlib.sha256(repr((index.fingerprint, classes, part)).encode()).hexdigest()[:24]
         # What decoded pixels depend on; unlike the fingerprint it changes with place and time.
-        self.cache_key = repr((index.fingerprint, list(map(same, index.urls)), index.stats, part))
+        places = repr((index.fingerprint, spelt_alike(index.urls), index.stats, part))
+        self.cache_key = hashlib.sha256(places.encode(errors="surrogateescape")).hexdigest()[:24]
         starts = index.starts if self.keep is None else np.unique(np.searchsorted(self.keep, index.starts))
         self.block_starts = starts.astype(np.int64)
 
@@ -183,7 +184,13 @@ def open_shards(pattern: str, *, split: Split, data: DataConfig, cache_dir: Path
 
 def open_index(choice: ShardChoice, *, split: Split, data: DataConfig, cache_dir: Path) -> tuple[ShardIndex, list[str]]:
     """Return the index of the chosen shards and the class names; those of evaluation shards are the training shards'."""
-    make = partial(build_index, cache_dir=cache_dir, label_key=data.label_key, remote_cache_gib=data.remote_cache_gib)
+    make = partial(
+        build_index,
+        cache_dir=cache_dir,
+        label_key=data.label_key,
+        remote_cache_gib=data.remote_cache_gib,
+        info=choice.info,
+    )
     index = make(choice.urls)
     if split == "train" or choice.hold_out or choice.train is None or index.listed is not None:
         return index, index.classes

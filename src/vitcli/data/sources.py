@@ -18,7 +18,7 @@ from vitcli.data.folders import ImageFiles, Split, open_folder
 from vitcli.data.images import decode
 from vitcli.data.mix import MixSource
 from vitcli.data.named import NAMED_SETS, Arrays, data_root, load_named
-from vitcli.data.protocol import EncodedSource, Labels, SourceDefaults, Source, UniformSource
+from vitcli.data.protocol import EncodedSource, Labels, Source, SourceDefaults, UniformSource
 from vitcli.data.shards import open_shards
 from vitcli.data.subset import take_subset
 from vitcli.errors import DataError

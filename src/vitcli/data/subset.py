@@ -66,7 +66,9 @@ def take_subset(source: Source, *, examples: int, seed: int) -> Source:
         DataError: the source is smaller than that.
     """
     if examples > len(source):
-        raise DataError(f"{source.name}: data.examples is {examples:,}, but there are {len(source):,} training images; take fewer")
+        raise DataError(
+            f"{source.name}: data.examples is {examples:,}, but there are {len(source):,} training images; take fewer"
+        )
     if source.labels is None and source.groups is not None:
         raise DataError(f"{source.name}: data.examples cannot balance a mix whose parts compute their labels; limit the parts")
     if source.labels is None:  # computed labels come in rounds of all classes
@@ -90,7 +92,9 @@ def balanced_prefix(labels: NDArray[Any], *, examples: int, seed: int) -> NDArra
     for label in np.flatnonzero(counts).tolist():
         members = by_class[starts[label] : starts[label] + counts[label]]
         turn[members] = permute(np.arange(len(members)), len(members), derive_seed("subset", seed, label))
-    tie = permute(labels, int(labels.max()) + 1, derive_seed("subset-classes", seed))  # which classes the last round begins with
+    tie = permute(
+        labels, int(labels.max()) + 1, derive_seed("subset-classes", seed)
+    )  # which classes the last round begins with
     return np.sort(np.lexsort((tie, turn))[:examples])
 
 

@@ -22,12 +22,13 @@ from vitcli.randomness import derive_seed, uniform
 __all__ = ["EvalTransform", "TrainTransform", "mix_batch", "normalise"]
 
 Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]  # (B, H, W, 3), or (H, W, 3) each with different sizes
-Cutter = Callable[..., NDArray[np.uint8]]  # `cut` with its images given
+Cutter = Callable[..., NDArray[np.uint8]]  # `cut` or `cut_files` with its images given
 
 INCEPTION_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 INCEPTION_ASPECTS = (3 / 4, 4 / 3)  # width / height; Szegedy et al. 2014, section 6
 RANDOM_CROP_SHARE = 7 / 8  # of the resized short side: 224 out of 256
 PAD_REFERENCE_SIDE = 32  # `pad` is given for images of this side, px
+NORMALISE_ELEMENTS = 1 << 17  # half a megabyte of float32: the second-level cache
 
 
 class TrainTransform:
@@ -92,13 +93,13 @@ class TrainTransform:
             if augment.crop == "pad":
                 cropped = pad_crop(cropped, draws, pad=augment.pad)
         if augment.flip:
-            mirrored = draw(seed, "flip", epochs, indices, 1)[:, 0] < 0.5
-            cropped[mirrored] = cropped[mirrored, :, ::-1]
+            mirrored = np.flatnonzero(draw(seed, "flip", epochs, indices, 1)[:, 0] < 0.5)
+            cropped[mirrored] = torch.from_numpy(cropped[mirrored]).flip(3).numpy()  # numpy's takes five times as long
         if augment.randaugment_layers:
             layers = augment.randaugment_layers
             choices = draw(seed, "randaugment", epochs, indices, DRAWS_PER_LAYER * layers).reshape(-1, layers, DRAWS_PER_LAYER)
             cropped = randaugment(cropped, choices, magnitude=augment.randaugment_magnitude)
-        return to_tensor(cropped)
+        return torch.from_numpy(cropped)
 
 
 class EvalTransform:
@@ -119,17 +120,22 @@ class EvalTransform:
 
     def _shown(self, cut: Cutter, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Tensor:
         if self.crop_fraction is None:
-            return to_tensor(cut(whole_boxes(heights, widths), size=self.image_size, clip=True))
+            return torch.from_numpy(cut(whole_boxes(heights, widths), size=self.image_size, clip=True))
         centre = np.full((len(heights), 2), 0.5)
         boxes = covering_boxes(heights, widths, centre, size=self.image_size, share=self.crop_fraction)
-        return to_tensor(cut(boxes, size=self.image_size, clip=False))
+        return torch.from_numpy(cut(boxes, size=self.image_size, clip=False))
 
 
 def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (images / 255 - mean) / std as float32, from uint8 (B, 3, H, W) on any device."""
-    inputs = images.float().div_(255)
-    for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to wait for
-        inputs[:, channel].sub_(centre).div_(spread)
+    inputs = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    # A CPU passes over each part four times while it is in the cache.
+    elements = NORMALISE_ELEMENTS if images.device.type == "cpu" else images.numel()
+    at_once = max(1, elements // max(1, images[:1].numel()))
+    for part, result in zip(images.split(at_once), inputs.split(at_once), strict=True):
+        result.copy_(part).div_(255)
+        for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to wait for
+            result[:, channel].sub_(centre).div_(spread)
     return inputs
 
 
@@ -191,13 +197,13 @@ def sides(images: Images) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def cut(images: Images, boxes: Box, *, size: tuple[int, int], clip: bool) -> NDArray[np.uint8]:
-    """Resize boxes to (B, *size, 3); for batches and lists the same pixels."""
-    if isinstance(images, np.ndarray):
-        height, width = images.shape[1:3]
-        if (height, width) == size and (boxes == whole_boxes(np.array([height]), np.array([width]))).all():
-            return images.copy()
-        return crop_resize(images, boxes, size=size, clip=clip)
-    return crop_resize_each(list(images), boxes, size=size, clip=clip)
+    """Resize boxes to planes (B, 3, *size); for batches and lists the same pixels."""
+    if not isinstance(images, np.ndarray):
+        return to_planes(crop_resize_each(list(images), boxes, size=size, clip=clip))
+    height, width = images.shape[1:3]
+    if (height, width) == size and (boxes == whole_boxes(np.array([height]), np.array([width]))).all():
+        return to_planes(images)
+    return to_planes(crop_resize(images, boxes, size=size, clip=clip))
 
 
 def open_all(files: Sequence[bytes], where: Sequence[str]) -> list[EncodedImage]:
@@ -219,13 +225,13 @@ def sides_of(files: Sequence[EncodedImage]) -> tuple[NDArray[np.int64], NDArray[
 
 def cut_files(files: Sequence[EncodedImage], boxes: Box, *, size: tuple[int, int], clip: bool) -> NDArray[np.uint8]:
     """Do as `cut` for image files, decoding them. Raises ExampleError."""
-    out = np.empty((len(files), *size, 3), np.uint8)
+    out = np.empty((len(files), 3, *size), np.uint8)
     for position, (file, box) in enumerate(zip(files, boxes.tolist(), strict=True)):
         try:
             picture, part = file.part(box, size=size, clip=clip)
         except DataError as error:
             raise ExampleError(str(error), position) from error
-        out[position] = np.asarray(resize_part(picture, part, size=size))
+        out[position] = np.asarray(resize_part(picture, part, size=size)).transpose(2, 0, 1)
     return out
 
 
@@ -283,16 +289,18 @@ def covering_boxes(
 
 
 def pad_crop(images: NDArray[np.uint8], draws: NDArray[np.float64], *, pad: int) -> NDArray[np.uint8]:
-    """Pad images (B, H, W, 3) with black and cut out a window of the old size; `pad` px at 32 px, in proportion elsewhere."""
-    batch, height, width, _ = images.shape
+    """Pad images (B, 3, H, W) with black and cut out a window of the old size; `pad` px at 32 px, in proportion elsewhere."""
+    height, width = images.shape[2:]
     down, right = round(pad * height / PAD_REFERENCE_SIDE), round(pad * width / PAD_REFERENCE_SIDE)
-    padded = np.zeros((batch, height + 2 * down, width + 2 * right, 3), np.uint8)
-    padded[:, down : down + height, right : right + width] = images
-    top = (draws[:, 0] * (2 * down + 1)).astype(np.int64)
-    left = (draws[:, 1] * (2 * right + 1)).astype(np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))  # (B, ., ., 3, H, W)
-    return np.ascontiguousarray(windows[np.arange(batch), top, left].transpose(0, 2, 3, 1))
+    padded = np.pad(images, ((0, 0), (0, 0), (down, down), (right, right)))
+    tops = (draws[:, 0] * (2 * down + 1)).astype(np.int64)
+    lefts = (draws[:, 1] * (2 * right + 1)).astype(np.int64)
+    windows = np.empty_like(images)
+    for i, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):  # each a copy of whole rows
+        windows[i] = padded[i, :, top : top + height, left : left + width]
+    return windows
 
 
-def to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+def to_planes(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a copy (B, 3, H, W) of images (B, H, W, 3)."""
+    return images.transpose(0, 3, 1, 2).copy()

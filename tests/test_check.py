@@ -369,6 +369,16 @@ def test_an_empty_class_and_class_names_as_labels(tmp_path: Path) -> None:
     assert found(check_shards(tmp_path), tmp_path) == {("empty-class", "class cow")}
 
 
+def test_a_class_that_only_the_evaluation_shards_have(tmp_path: Path) -> None:
+    def seventh(tar: tarfile.TarFile) -> None:
+        member(tar, "x.jpg", jpeg(99))
+        member(tar, "x.cls", b"7")
+
+    write_shard(tmp_path / "train-0.tar", 0)
+    write_shard(tmp_path / "val-0.tar", 50, seventh)
+    assert found(check_shards(tmp_path), tmp_path) == {("class-mismatch", "class 7")}
+
+
 # Any other source
 
 

@@ -116,8 +116,8 @@ def test_pack_index_and_train(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    words = ["shapes", "data.shapes.classes=4", "data.shapes.train_examples=900", "data.image_size=32", "--split", "train"]
-    options = ["--examples-per-shard", "20", "--jobs", "2"]
+    words = ["shapes", "data.shapes.classes=4", "data.shapes.train_examples=400", "data.image_size=32", "--split", "train"]
+    options = ["--examples-per-shard", "10", "--jobs", "2"]
     command = [sys.executable, "-m", "vitcli", "data", "pack", words[0], "killed", *words[1:], *options]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while len(list((tmp_path / "killed").glob("train-*.tar"))) < 3:
@@ -248,17 +248,15 @@ def test_stats_are_ready_to_paste(photos: Path, tmp_path: Path) -> None:
 
 
 def test_preview_shows_before_and_after(photos: Path, tmp_path: Path) -> None:
-    heights = {}
+    sheets = {}
     for name, options in (("plain", []), ("both", ["--augmented"])):
         words = ("data", "preview", "folder:photos", "--out", f"{name}.png", "--rows", "3", "--columns", "4", *options)
         result = vit(*words, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         with Image.open(tmp_path / f"{name}.png") as sheet:
-            heights[name] = sheet.height
-            top = np.asarray(sheet.crop((0, 0, sheet.width, 100)))
-        heights[f"{name} top"] = top.tobytes()
-    assert heights["both"] - 4 == 2 * (heights["plain"] - 4)
-    assert heights["both top"] == heights["plain top"], "the first row shows the images as they are"
+            sheets[name] = np.asarray(sheet)
+    assert len(sheets["both"]) - 4 == 2 * (len(sheets["plain"]) - 4)
+    assert (sheets["both"][:100] == sheets["plain"][:100]).all(), "the first row shows the images as they are"
 
 
 @pytest.mark.parametrize(

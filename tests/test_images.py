@@ -260,7 +260,10 @@ def test_a_damaged_file_is_told_by_its_position(kind: str) -> None:
     where = [f"shard.tar:{i}.jpg" for i in range(5)]
     with pytest.raises(DataError) as alone:
         decode(bad, where=where[3])
-    for transform in (TrainTransform(AUGMENTS["inception"], image_size=(8, 8)), TrainTransform(AUGMENTS["random"], image_size=(80, 60))):
+    for transform in (
+        TrainTransform(AUGMENTS["inception"], image_size=(8, 8)),
+        TrainTransform(AUGMENTS["random"], image_size=(80, 60)),
+    ):
         with pytest.raises(ExampleError) as error:
             transformed(transform, files, where)
         assert error.value.position == 3 and str(error.value) == str(alone.value)

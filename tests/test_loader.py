@@ -168,6 +168,30 @@ def test_blocks_and_workers(tmp_path: Path) -> None:
     assert joined(reference, "indices").tolist() == order.at(np.arange(40))[1].tolist()
 
 
+def test_remote_blocks_are_fetched_before_they_are_needed() -> None:
+    class Remote(Files):
+        remote = True
+
+        def __init__(self) -> None:
+            super().__init__(120, missing=frozenset({60}))  # the first of a block: fetched ahead in vain
+            self.by_thread: dict[str, list[int]] = {}
+
+        def read(self, index: int) -> bytes:
+            self.by_thread.setdefault(threading.current_thread().name, []).append(index // 10)
+            return super().read(index)
+
+    source = Remote()
+    order = BlockShuffle(np.arange(0, 121, 10), window=40, seed=0)
+    settings: dict[str, Any] = dict(order=order, batch_size=10, micro_batch_size=10, start_step=0, total_steps=9, seed=0)
+    list(train_batches(source, TRANSFORM, **settings, on_error="skip", skip_limit=1, warn=lambda text: None))
+    deadline = time.monotonic() + 10
+    while len(source.by_thread.get("vit-fetch", [])) < 9 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    shown = list(dict.fromkeys((order.at(np.arange(90))[1] // 10).tolist()))
+    fetched = source.by_thread["vit-fetch"]
+    assert set(shown[4:]) <= set(fetched) and not set(fetched[:8]) & set(shown[:4])  # the first window came unannounced
+
+
 def test_the_order_of_a_config_is_the_full_shuffle_it_was() -> None:
     source = digits()
     order = build_order(source, DataConfig(source="digits", image_size=(8, 8)), seed=5)

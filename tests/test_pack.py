@@ -80,7 +80,7 @@ def test_files_are_stored_as_they_are(photos: Path, tmp_path: Path) -> None:
         image.partition(".")[0] == label.partition(".")[0] and label.endswith(".cls")
         for (image, _), (label, _) in zip(found[::2], found[1::2])
     )
-    expected = Counter()
+    expected: Counter[tuple[str, bytes, int]] = Counter()
     for path in (photos / "train").rglob("*.*"):
         if path.suffix != ".bmp":
             expected[(path.suffix[1:], path.read_bytes(), b"01"[["bird", "cat"].index(path.parent.name)])] += 1
@@ -88,6 +88,18 @@ def test_files_are_stored_as_they_are(photos: Path, tmp_path: Path) -> None:
     assert expected <= stored
     rest = stored - expected
     assert sum(rest.values()) == 4 and {kind for kind, _, _ in rest} == {"png"}, "BMP files become PNG"
+
+
+def test_the_bytes_are_those_of_the_standard_library(photos: Path, tmp_path: Path) -> None:
+    packed(open_folder_source(photos), tmp_path / "out")
+    for path in sorted((tmp_path / "out").glob("train-*.tar")):
+        again = io.BytesIO()
+        with tarfile.open(fileobj=again, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, data in members(tmp_path / "out", path.name):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+        assert path.read_bytes() == again.getvalue()
 
 
 def test_the_folder_says_what_is_in_it(photos: Path, tmp_path: Path) -> None:

@@ -169,6 +169,31 @@ def test_a_window_is_made_of_whole_blocks_and_blocks_change_their_company() -> N
     assert (together[0] & together[1]).sum() < 0.5 * together[0].sum()
 
 
+@deterministic
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 400), seeds, st.integers(1, 50))
+def test_a_windows_blocks_are_asked_for_once_while_the_one_before_is_shown(
+    lengths: list[int], window: int, seed: int, batch: int
+) -> None:
+    starts, size = starts_of(lengths), sum(lengths)
+    order = BlockShuffle(starts, window=window, seed=seed)
+    cuts = [epoch * size + int(place) for epoch in range(3) for place in order.epochs[epoch].window_starts[:-1]]
+    for begin, middle, end in zip(cuts, cuts[1:], cuts[2:], strict=False):
+        parts = [np.arange(first, min(first + batch, middle)) for first in range(begin, middle, batch)]
+        asked = np.concatenate([order.ahead(part) for part in parts])
+        shown = sequence(order, middle, end)[1]
+        blocks, asked_blocks = (np.searchsorted(starts, indices, side="right") for indices in (shown, asked))
+        assert sorted(asked_blocks.tolist()) == np.unique(blocks).tolist()
+
+
+def test_only_blocks_are_asked_for_ahead() -> None:
+    positions = np.arange(500)
+    for kind in ("full", "balanced"):
+        assert len(orders()[kind].ahead(positions)) == 0
+    through_groups = orders()["groups"].ahead(positions)
+    assert len(through_groups) >= 8 and (through_groups >= 50).all()
+    assert len(orders()["groups"].ahead(positions[:0])) == 0
+
+
 def test_a_block_longer_than_the_window_is_a_window() -> None:
     order = BlockShuffle(starts_of([10, 500, 10, 500, 10]), window=50, seed=3)
     indices = sequence(order, 0, 1030)[1]

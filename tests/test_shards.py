@@ -815,9 +815,20 @@ def test_index_beside_the_shards(tmp_path: Path, scanned: list[str]) -> None:
     assert len(scanned) == 2  # it has moved with the shards
     opened(moved, tmp_path / "cache", split="val")
     assert not (tmp_path / "cache").exists()
+    assert len(whole(moved / "part-0001.tar", tmp_path / "cache")) == 2
+    assert len(scanned) == 2  # of that shard, too, all is known
     other = write_tar(tmp_path / "other.tar", examples([0]))
     with pytest.raises(DataError, match="only if they are in one folder on this machine"):
         index_of(other, moved / "part-0000.tar", cache=tmp_path / "cache", beside=True)
+
+
+def test_index_moves_from_the_cache_to_the_shards(tmp_path: Path, scanned: list[str]) -> None:
+    paths = write_set(tmp_path / "set", [[0, 1], [1, 0]])
+    before = index_of(*paths, cache=tmp_path / "cache")
+    after = index_of(*paths, cache=tmp_path / "cache", beside=True)
+    assert len(scanned) == 2
+    assert before.folder != after.folder
+    assert (before.fingerprint, before.offsets.tolist()) == (after.fingerprint, after.offsets.tolist())
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:

@@ -128,7 +128,10 @@ def check(
     ] = None,
     split: Split = WhichSplit.both,
     near: Annotated[
-        int, typer.Option("--near", min=-1, max=16, help="bits in which hashes of near duplicates may differ; -1: exact only")
+        int,
+        typer.Option(
+            "--near", min=-1, max=16, help="bits of 64 in which near duplicates may differ; more is slower; -1: exact only"
+        ),
     ] = 6,
     write_list: Annotated[
         Path | None,
@@ -142,8 +145,9 @@ def check(
     """Decode every image, and list what is damaged, misplaced or there twice.
 
     Exit code 0: nothing found; 1: something found; 2: the command cannot be carried out. Exact duplicates have equal pixels
-    (SHA-256 of the decoded image), near ones a similar perceptual hash and similar thumbnails; both are looked for within the
-    training split, within the evaluation split, between them, and between them and every --against set.
+    (SHA-256 of the decoded image), near ones a similar perceptual hash and similar thumbnails: copies that were recompressed,
+    scaled or brightened, not crops or mirror images. Both are looked for within the training split, within the evaluation
+    split, between them, and between them and every --against set.
     """
     from vitcli.data_commands import check_data, report_lines
 

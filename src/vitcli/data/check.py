@@ -4,6 +4,7 @@ Every image is decoded. Exact duplicates have equal pixels (SHA-256 of the decod
 and similar thumbnails. Both are looked for within and between all sets that are given, such as training and evaluation.
 """
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -136,6 +137,8 @@ def check(sets: Sequence[CheckedSet], *, near: int, jobs: int | None = None) -> 
                     bar.update(len(seen.labels))
             if each.training:
                 findings += [(each.name, finding) for finding in survey.empty_classes(number, findings)]
+            elif each.own:
+                findings += [(each.name, finding) for finding in survey.untrained_classes(number, findings)]
         survey.finish()
         rows = find_duplicates(survey, near=near)
         groups = [survey.group(kind, members) for kind, members in rows]
@@ -173,12 +176,21 @@ class Survey:
 
     def empty_classes(self, number: int, findings: Sequence[tuple[str, Finding]]) -> list[Finding]:
         """Return the classes of a set that have no images, but those a reader has named already."""
-        named = {finding.place.rpartition("/")[2] for _, finding in findings if finding.kind == "empty-class"}
-        tally = self.tallies[number]
+        named = classes_named(findings)
         return [
             Finding("empty-class", f"class {name}", f"no images of it in {self.sets[number].name}")
             for label, name in enumerate(self.classes[number])
-            if not tally[label] and name not in named
+            if not self.tallies[number][label] and name not in named
+        ]
+
+    def untrained_classes(self, number: int, findings: Sequence[tuple[str, Finding]]) -> list[Finding]:
+        """Return the classes with images in a set that no training set read before knows, but those named already."""
+        training = [other for other, each in enumerate(self.sets[:number]) if each.own and each.training]
+        known = classes_named(findings).union(*(self.classes[other] for other in training))
+        return [
+            Finding("class-mismatch", f"class {name}", f"in {self.sets[number].name}, but there are no training images of it")
+            for label, name in enumerate(self.classes[number])
+            if training and self.tallies[number][label] and name not in known
         ]
 
     def finish(self) -> None:
@@ -231,9 +243,7 @@ class Survey:
         counts = np.bincount(labels[(labels >= 0) & (labels < len(classes))], minlength=len(classes)).tolist()
         different, times = np.unique(sizes, axis=0, return_counts=True)
         common = np.argsort(-times, kind="stable")[:MOST_SIZES]
-        bins = (
-            np.bincount(np.searchsorted(SIDES, sizes.min(axis=1), side="right"), minlength=len(SIDES) + 1) if len(sizes) else []
-        )
+        bins = np.bincount(np.searchsorted(SIDES, sizes.min(axis=1, initial=1 << 30), side="right"), minlength=len(SIDES) + 1)
         names = [f"below {SIDES[0]}", *(f"{low} to {high - 1}" for low, high in pairwise(SIDES)), f"{SIDES[-1]} or more"]
         return Summary(
             name=self.sets[number].name,
@@ -244,8 +254,14 @@ class Survey:
                 {"height": int(different[i, 0]), "width": int(different[i, 1]), "images": int(times[i])}
                 for i in common.tolist()
             ],
-            short_side={name: int(count) for name, count in zip(names, bins) if count},
+            short_side={name: count for name, count in zip(names, bins.tolist(), strict=True) if count},
         )
+
+
+def classes_named(findings: Sequence[tuple[str, Finding]]) -> set[str]:
+    """Return the classes that findings are about, by the last part of their place."""
+    kinds = ("empty-class", "class-mismatch")
+    return {re.split(r"/|^class ", finding.place)[-1] for _, finding in findings if finding.kind in kinds}
 
 
 def find_duplicates(survey: Survey, *, near: int) -> list[tuple[str, NDArray[np.int64]]]:

@@ -5,6 +5,7 @@ that correlate. All pairs within a Hamming distance are found without comparing 
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,7 +19,8 @@ __all__ = ["HASH_SIDE", "correlate", "linked_groups", "perceptual_hash", "simila
 HASH_SIDE = 32  # px of the grey image that is hashed
 FREQUENCIES = 8  # lowest ones kept in each direction: 64 bits
 THUMBNAIL_SIDE = 16
-FULL_BUCKET = 4  # entries that may share a key by chance before keys are made longer
+SORTING = 2  # what sorting costs a value, in comparisons; measured
+LONGEST_KEY = 6  # blocks
 CROSS_LIMIT = 1000  # pairs made of two sets of equal hashes; beyond it only the first ones are compared
 
 
@@ -85,12 +87,15 @@ def close_values(values: NDArray[np.uint64], *, distance: int) -> NDArray[np.int
     """Return all pairs (P, 2) of different, ascending values (N,) that differ in at most `distance` bits.
 
     Cut 64 bits into distance + k blocks: whatever bits differ, k blocks are equal. So values are sorted by every choice of k
-    blocks, and only those equal in them are compared. k grows with N, so that few are equal by chance.
+    blocks, and only those equal in them are compared. A larger k means more choices, but fewer values equal by chance.
     """
     count = len(values)
-    kept = 1
-    while distance and 2 ** (64 * kept // (distance + kept)) * FULL_BUCKET < count:
-        kept += 1
+
+    def cost(kept: int) -> float:
+        equal_by_chance = count / 2 ** (64 * kept // (distance + kept))
+        return math.comb(distance + kept, kept) * (SORTING + equal_by_chance / 2)
+
+    kept = min(range(1, LONGEST_KEY + 1), key=cost)
     found = [np.empty((0, 2), np.int64)]
     for mask in block_masks(distance + kept, kept) if distance else ():
         keys = values & mask

@@ -5,13 +5,14 @@ and the ranks' shares of a micro-batch, one after the other, are what a single r
 ends the run, or another one takes its place: which one is a function of its index alone.
 """
 
+import contextlib
 import os
 import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -41,7 +42,7 @@ MOST_REPLACEMENTS = 100  # images tried in the place of one; where that many are
 class Unreadable(NamedTuple):
     """An example that cannot be read."""
 
-    index: int
+    example: int
     message: str  # names it and says why
 
 
@@ -116,6 +117,8 @@ class TrainBatchMaker:
         first = step * self.batch_size
         start = first + part * self.micro_batch_size
         stop = min(start + self.micro_batch_size, first + self.batch_size)
+        if self.source.remote and self.source.encoded:
+            fetch_ahead(cast(EncodedSource, self.source), self.order.ahead(np.arange(start, stop)))
         mine = share(start, stop, self.rank, self.ranks)
         epochs, indices = self.order.at(np.arange(mine.start, mine.stop))
         if len(indices) == 0:
@@ -161,6 +164,21 @@ class TrainBatchMaker:
                 )
         batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return Made(batch, list(unreadable.values()))
+
+
+def fetch_ahead(source: EncodedSource, indices: NDArray[np.int64]) -> None:
+    """Read one example of each remote shard that is needed later, in the background, so that a copy is there by then.
+
+    All ranks do this for all of a micro-batch: those of one machine share the copies, those of others need their own.
+    """
+
+    def fetch_each() -> None:
+        for index in indices.tolist():
+            with contextlib.suppress(DataError):  # whoever needs it for a batch says what is wrong
+                source.read(index)
+
+    if len(indices):
+        threading.Thread(target=fetch_each, name="vit-fetch", daemon=True).start()  # a daemon does not hold up the end of a run
 
 
 def replacement(index: int, attempt: int, size: int) -> int:
@@ -310,12 +328,12 @@ def account(
 ) -> Generator[Batch, None, None]:
     """Yield the batches, tell of each example that could not be read once, and raise DataError when there are too many."""
     met: set[int] = set()
-    with closing(made):
+    with contextlib.closing(made):
         for batch, unreadable in made:
-            for index, message in unreadable:
-                if index in met:
+            for example, message in unreadable:
+                if example in met:
                     continue
-                met.add(index)
+                met.add(example)
                 if len(met) > limit:
                     raise DataError(
                         f"{source.name}: {len(met):,} different images cannot be read, more than data.skip_limit={limit}; run "

@@ -40,6 +40,10 @@ class Order(Protocol):
         """
         ...
 
+    def ahead(self, positions: Integers) -> Integers:
+        """Return indices (n,) whose blocks are to be fetched at `positions` (B,), well before they are needed; often none."""
+        ...
+
 
 def build_order(source: Source, data: DataConfig, *, seed: int) -> Order:
     """Choose the order for a source.
@@ -101,11 +105,16 @@ class FullShuffle:
             indices[members] = permute(within[members], self.num_examples, derive_seed(self.seed, "order", epoch))
         return epochs, indices
 
+    def ahead(self, positions: Integers) -> Integers:
+        """Return nothing: every block is needed at any time."""
+        return positions[:0]
+
 
 class BlockShuffle:
     """Shuffle blocks anew each epoch, gather consecutive ones into windows, and shuffle the examples within each window.
 
-    Every epoch shows every example once. At any time no more than a window's blocks are read, two windows' at their border.
+    Every epoch shows every example once. At any time no more than a window's blocks are read, two windows' at their border,
+    and the next window's are fetched while one is shown: what keeps copies of remote blocks should hold two windows.
     `scripts/shuffle_quality.py` measures what a window costs against a full shuffle.
 
     Args:
@@ -153,6 +162,26 @@ class BlockShuffle:
             places[members] = start + permute(within[members] - start, stop - start, seed)
         return places + plan.shifts[np.searchsorted(plan.starts, places, side="right") - 1]
 
+    def ahead(self, positions: Integers) -> Integers:
+        """Return the first example of each block of the next window, one after the other while this window is shown."""
+        epochs, within = np.divmod(positions, self.num_examples)
+        due: list[Integers] = []
+        for epoch in np.unique(epochs).tolist():
+            places = within[epochs == epoch]
+            starts = self.epochs[epoch].window_starts
+            for window in np.unique(np.searchsorted(starts, places, side="right") - 1).tolist():
+                start, stop = starts[window : window + 2].tolist()
+                coming = self.firsts_of(epoch, window + 1) if window + 2 < len(starts) else self.firsts_of(epoch + 1, 0)
+                turns = start + np.arange(len(coming)) * (stop - start) // len(coming)
+                due.append(coming[np.isin(turns, places)])
+        return np.concatenate(due) if due else positions[:0]
+
+    def firsts_of(self, epoch: int, window: int) -> Integers:
+        """Return the index of the first example of each block of a window."""
+        plan = self.epochs[epoch]
+        begin, end = np.searchsorted(plan.starts, plan.window_starts[window : window + 2]).tolist()
+        return plan.starts[begin:end] + plan.shifts[begin:end]
+
 
 @dataclass(frozen=True)
 class EpochOfBlocks:
@@ -187,6 +216,12 @@ class GroupShuffle:
             indices[members] = self.starts[group] + within
         return epochs, indices
 
+    def ahead(self, positions: Integers) -> Integers:
+        """See `Order`."""
+        groups, draws = self.turns.at(positions)
+        due = [self.starts[group] + self.orders[group].ahead(draws[groups == group]) for group in np.unique(groups).tolist()]
+        return np.concatenate(due) if due else positions[:0]
+
 
 class ClassShuffle:
     """Show classes equally often (`balanced`) or by the root of their size (`sqrt`); each goes through its own shuffles.
@@ -218,6 +253,10 @@ class ClassShuffle:
         epochs, within = np.divmod(draws, sizes)
         keys = mix(self.keys[classes] ^ mix(epochs.astype(np.uint64)))
         return epochs, self.members[self.starts[classes] + permute_each(within, sizes, keys)].astype(np.int64)
+
+    def ahead(self, positions: Integers) -> Integers:
+        """Return nothing: every block is needed at any time."""
+        return positions[:0]
 
 
 class Turns:

@@ -89,15 +89,16 @@ def build_index(
     elif beside:
         raise DataError(f"{urls[0]}: an index can lie beside shards only if they are in one folder on this machine")
     planned = [Plan(root, list(urls), names, stats, label_key, listed) for root, names in roots]
-    index = next((found for plan in planned if (found := plan.open()) is not None), None)
+    wanted = planned[:1] if beside else planned
+    index = next((found for plan in wanted if (found := plan.open()) is not None), None)
     if index is None:
         # A folder beside the shards may be read-only for this user.
-        plan = next((plan for plan in planned if os.access(plan.root, os.W_OK)), planned[-1])
+        plan = next((plan for plan in wanted if os.access(plan.root, os.W_OK)), wanted[-1])
         copies = RemoteCopies(cache_dir / "remote", limit_bytes=int(remote_cache_gib * 2**30))
         try:
             plan.root.mkdir(parents=True, exist_ok=True)
             with locked(plan.root / f"{plan.key}.lock"):
-                index = plan.open() or plan.build(copies, info, workers=workers or available_cores())
+                index = plan.open() or plan.build(planned, copies, info, workers=workers or available_cores())
         except OSError as error:
             raise DataError(
                 f"{plan.root}: cannot write the index of the shards here: {error.strerror or error}; "
@@ -183,9 +184,9 @@ class Plan:
         shutil.rmtree(self.folder, ignore_errors=True)
         return None
 
-    def build(self, copies: RemoteCopies, info: SetInfo, *, workers: int) -> ShardIndex:
+    def build(self, planned: Sequence["Plan"], copies: RemoteCopies, info: SetInfo, *, workers: int) -> ShardIndex:
         """Make it of what older indexes know of these shards, what a killed scan has left, and a scan of the others."""
-        known = self.known_parts()
+        known = {shard: found for plan in planned for shard, found in plan.known_parts().items()}
         parts = self.root / f"{self.key}.parts"
         parts.mkdir(exist_ok=True)
         for leftover in [*self.root.glob(f".tmp-{self.key}-*"), *parts.glob(".tmp-*")]:  # of killed builds: we hold the lock

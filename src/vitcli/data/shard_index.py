@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from vitcli.data.shard_scan import Part
 from vitcli.data.tar import BLOCK
@@ -104,7 +104,7 @@ class IndexWriter:
         self.files = {name: self.create(name, dtype) for name, dtype in COLUMNS.items()}
         return self
 
-    def create(self, name: str, dtype: type[np.generic]) -> BinaryIO:
+    def create(self, name: str, dtype: DTypeLike) -> BinaryIO:
         """Begin a .npy file; what is appended follows its header."""
         file = open(self.temporary / f"{name}.npy", "wb")  # noqa: SIM115 (closed in finish or __exit__)
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (self.examples,)}

@@ -76,15 +76,15 @@ def scan_shard(shard: str | BinaryIO, *, where: str, label_key: str = DEFAULT_LA
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(shard, "rb", buffering=0)) if isinstance(shard, str) else shard
         for key, image in images.items():
-            kind = next((kind for kind in kinds if key in labels[kind]), None)
-            if kind is None:
+            found_in = next((kind for kind in kinds if key in labels[kind]), None)
+            if found_in is None:
                 expected = f"expected {printable(key)}.cls or {printable(key)}.json beside it in the shard"
                 raise DataError(f"{where}:{printable(image.name)}: no label; {expected}")
             if image.size > LARGEST_IMAGE:
                 raise DataError(f"{where}:{printable(image.name)}: an image of {image.size:,} bytes; expected less than 2 GiB")
-            member = labels[kind][key]
+            member = labels[found_in][key]
             try:
-                label = read_label(file, member, kind, label_key=label_key)
+                label = read_label(file, member, found_in, label_key=label_key)
             except (ValueError, RecursionError, OSError) as error:
                 reason = " ".join(str(error).split())
                 raise DataError(f"{where}:{printable(member.name)}: {reason}; {EXPECTED_LABEL}") from error

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from vitcli.data.folders import EVALUATION_FOLDERS, Split
 from vitcli.data.remote import is_remote, list_remote, read_if_there
@@ -76,7 +76,7 @@ def expand_shards(pattern: str) -> list[str]:
     else:
         try:
             braced = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise DataError(f"{pattern}: a brace is not closed; expected such as train-{{0000..0127}}.tar") from error
         urls = [url for one in braced for url in expand_glob(plain_path(one))]
     most, times = Counter(urls).most_common(1)[0]

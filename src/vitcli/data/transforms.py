@@ -28,7 +28,6 @@ INCEPTION_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 INCEPTION_ASPECTS = (3 / 4, 4 / 3)  # width / height; Szegedy et al. 2014, section 6
 RANDOM_CROP_SHARE = 7 / 8  # of the resized short side: 224 out of 256
 PAD_REFERENCE_SIDE = 32  # `pad` is given for images of this side, px
-NORMALISE_ELEMENTS = 1 << 17  # half a megabyte of float32: the second-level cache
 
 
 class TrainTransform:
@@ -128,14 +127,9 @@ class EvalTransform:
 
 def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return (images / 255 - mean) / std as float32, from uint8 (B, 3, H, W) on any device."""
-    inputs = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    # A CPU passes over each part four times while it is in the cache.
-    elements = NORMALISE_ELEMENTS if images.device.type == "cpu" else images.numel()
-    at_once = max(1, elements // max(1, images[:1].numel()))
-    for part, result in zip(images.split(at_once), inputs.split(at_once), strict=True):
-        result.copy_(part).div_(255)
-        for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to wait for
-            result[:, channel].sub_(centre).div_(spread)
+    inputs = images.float().div_(255)
+    for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):  # numbers, not tensors: no copy to wait for
+        inputs[:, channel].sub_(centre).div_(spread)
     return inputs
 
 
@@ -292,7 +286,8 @@ def pad_crop(images: NDArray[np.uint8], draws: NDArray[np.float64], *, pad: int)
     """Pad images (B, 3, H, W) with black and cut out a window of the old size; `pad` px at 32 px, in proportion elsewhere."""
     height, width = images.shape[2:]
     down, right = round(pad * height / PAD_REFERENCE_SIDE), round(pad * width / PAD_REFERENCE_SIDE)
-    padded = np.pad(images, ((0, 0), (0, 0), (down, down), (right, right)))
+    padded = np.zeros((len(images), 3, height + 2 * down, width + 2 * right), np.uint8)
+    padded[:, :, down : down + height, right : right + width] = images
     tops = (draws[:, 0] * (2 * down + 1)).astype(np.int64)
     lefts = (draws[:, 1] * (2 * right + 1)).astype(np.int64)
     windows = np.empty_like(images)

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -377,6 +378,25 @@ def test_a_class_that_only_the_evaluation_shards_have(tmp_path: Path) -> None:
     write_shard(tmp_path / "train-0.tar", 0)
     write_shard(tmp_path / "val-0.tar", 50, seventh)
     assert found(check_shards(tmp_path), tmp_path) == {("class-mismatch", "class 7")}
+
+
+def test_remote_shards(tmp_path: Path) -> None:
+    for number in range(2):
+        write_shard(
+            tmp_path / f"train-{number}.tar",
+            10 * number,
+            lambda tar: member(tar, "bad.jpg", b"") or member(tar, "bad.cls", b"0"),
+        )
+    store = fsspec.filesystem("memory")
+    store.pipe({f"/checked/train-{n}.tar": (tmp_path / f"train-{n}.tar").read_bytes() for n in range(2)})
+    readers = read_shards(
+        "memory://checked/train-*.tar", splits=["train"], label_key="label", cache_dir=tmp_path / "cache", remote_cache_gib=1.0
+    )
+    report = check([CheckedSet("train", readers["train"], training=True)], near=6, jobs=1)
+    assert report.sets[0].images == 8
+    assert [(f.kind, f.place) for _, f in report.findings] == [
+        ("empty", f"memory://checked/train-{n}.tar:bad.jpg") for n in range(2)
+    ] or report.findings[0][1].place.endswith("train-0.tar:bad.jpg")
 
 
 # Any other source

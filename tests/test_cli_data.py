@@ -93,7 +93,7 @@ def test_pack_index_and_train(photos: Path, tmp_path: Path) -> None:
     assert "validation 6 images in 2 shards" in result.stdout
     assert "shards:packed/train-*.tar" in result.stdout
     again = vit("data", "pack", "folder:photos", "packed", "--examples-per-shard", "5", cwd=tmp_path)
-    assert "4 shards were there already" in again.stdout
+    assert "4 shards there already" in again.stdout
     fails_with(
         vit("data", "pack", "folder:photos", "packed", "--seed", "1", "--examples-per-shard", "5", cwd=tmp_path),
         "seed (0 there, 1 now)",
@@ -134,6 +134,32 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     for name in names:
         if name != ".lock":
             assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_signal_ends_all_processes_and_leaves_nothing_half(tmp_path: Path) -> None:
+    words = [
+        "shapes",
+        "out",
+        "data.shapes.train_examples=4000",
+        "--split",
+        "train",
+        "--examples-per-shard",
+        "100",
+        "--jobs",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vitcli", "data", "pack", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not list((tmp_path / "out").glob("train-*.tar")):
+        assert process.poll() is None, "too fast to be stopped"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)  # which also waits for whoever else holds the pipes
+    assert (process.returncode, stderr) == (128 + signal.SIGTERM, b"vit: stopped by SIGTERM\n")
+    assert not list((tmp_path / "out").glob(".tmp*"))
+    remembered = json.loads((tmp_path / "out" / "_pack.json").read_text())["train"]["shards"]
+    assert set(remembered) <= {path.name for path in (tmp_path / "out").glob("train-*.tar")}
 
 
 def test_two_packs_into_one_folder_do_not_mix(photos: Path, tmp_path: Path) -> None:
@@ -185,7 +211,7 @@ def test_check_says_what_it_finds_and_exits_with_1(photos: Path, tmp_path: Path)
     assert [row[:2] for row in listed] == [["photos/train/ant/zero.jpg", "empty"], ["photos/train/bee/leak.webp", "duplicate"]]
     packed = vit("data", "pack", "folder:photos", "packed", "--exclude", "bad.tsv", "--verify", cwd=tmp_path)
     assert packed.returncode == 0, packed.stderr
-    assert "18 images in 1 shards" in packed.stdout and "2 left out" in packed.stdout
+    assert "18 images in 1 shard," in packed.stdout and "2 left out" in packed.stdout
     assert vit("data", "check", "shards:packed", cwd=tmp_path).returncode == 0
 
 

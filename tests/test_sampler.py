@@ -23,11 +23,10 @@ from vitcli.data.sampler import (
     Order,
     Turns,
     build_order,
-    permute_each,
     quotas_of,
 )
 from vitcli.errors import DataError
-from vitcli.randomness import mix, permute
+from vitcli.randomness import mix, permute, permute_each
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=60)
 seeds = st.integers(0, 2**40)

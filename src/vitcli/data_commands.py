@@ -107,18 +107,23 @@ def pack_data(
                 jobs=jobs,
             )
             sizes = [shard.bytes for shard in packed.shards]
+            each = f" ({mib(min(sizes))} to {mib(max(sizes))} each)" if len(sizes) > 1 else ""
             parts = [
-                f"{SPLIT_NAMES[split]:<10} {packed.examples:,} images in {len(sizes):,} shards",
-                f"{mib(sum(sizes))} ({mib(min(sizes))} to {mib(max(sizes))} each)",
+                f"{SPLIT_NAMES[split]:<10} {packed.examples:,} images in {some(len(sizes), 'shard')}",
+                f"{mib(sum(sizes))}{each}",
             ]
             if packed.left_out:
                 parts.append(f"{packed.left_out:,} left out")
             if packed.written < len(sizes):
-                parts.append(f"{len(sizes) - packed.written:,} shards were there already")
+                parts.append(f"{some(len(sizes) - packed.written, 'shard')} there already")
             say(", ".join(parts))
     pattern = f"shards:{dest}/{SPLIT_NAMES[splits[0]]}-*.tar"
     say(f"shuffled by seed {seed}; written, read back and compared, {'every image' if verify else 'a sample'} decoded")
     say(f"next: vit pretrain ... data.source='{pattern}'")
+
+
+def some(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def mib(size: int) -> str:
@@ -150,7 +155,7 @@ def index_data(pattern: str, config_path: Path | None, overrides: Sequence[str],
         beside=beside,
         remote_cache_gib=data.remote_cache_gib,
     )
-    counts = f"{len(index):,} images in {len(index.urls):,} shards, {len(index.classes):,} classes"
+    counts = f"{some(len(index), 'image')} in {some(len(index.urls), 'shard')}, {len(index.classes):,} classes"
     return f"{pattern}: {counts}; index in {index.folder}"
 
 
@@ -363,7 +368,7 @@ def stage_lines(result: dict[str, Any]) -> list[str]:
     height, width = result["image_size"]
     lines = [
         f"{result['source']}: {result['images']:,} images, shown at {height} x {width}, batches of {result['batch_size']}, "
-        f"{result['workers']} loader processes on {result['cores']} cores"
+        f"{some(result['workers'], 'loader process')} on {some(result['cores'], 'core')}"
     ]
     meaning = {
         "read": "in one process",

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -78,6 +79,7 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
     state = start_state(job, say=say)
     forward = torch.compile(state.model) if train.compile else state.model
     log = RunLog(config.out, start_step=state.step, total_steps=train.steps, batch_size=train.batch_size)
+    warn_once = cache(log.message)  # every evaluation meets the same bad images
     micro_batches = train_batches(
         job.train_source,
         TrainTransform(config.augment, image_size=config.data.image_size),
@@ -89,7 +91,7 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
         seed=config.seed,
         on_error=config.data.on_error,
         skip_limit=config.data.skip_limit,
-        warn=log.message,
+        warn=warn_once,
         workers=config.data.workers or 0,
         pin_memory=job.plan.device.type == "cuda",
     )
@@ -102,7 +104,7 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
             while True:
                 last = state.step == train.steps
                 if last or (state.step > 0 and state.step % every.eval_every_steps == 0 and not log.has_eval(state.step)):
-                    result = evaluate_now(state, job, log, stop)
+                    result = evaluate_now(state, job, log, stop, warn=warn_once)
                 if last:
                     log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
                     return result, log.train_seconds
@@ -258,7 +260,7 @@ def save(state: State, job: Job, log: RunLog) -> None:
         prune_checkpoints(checkpoints, keep=config.log.keep_checkpoints, step=state.step)
 
 
-def evaluate_now(state: State, job: Job, log: RunLog, stop: StopSignals) -> EvalResult:
+def evaluate_now(state: State, job: Job, log: RunLog, stop: StopSignals, *, warn: Callable[[str], object]) -> EvalResult:
     """Evaluate the weights, averaged ones where there are any, and log the result."""
     judged = state.model
     if state.ema is not None:
@@ -274,6 +276,7 @@ def evaluate_now(state: State, job: Job, log: RunLog, stop: StopSignals) -> Eval
             device=job.plan.device,
             batch_size=2 * micro,  # without gradients twice as many fit
             num_classes=job.plan.num_classes,
+            warn=warn,
             check=stop.check,
             class_map=job.val_classes,
         )
@@ -336,6 +339,7 @@ def evaluate_source(
     device: torch.device,
     batch_size: int,
     num_classes: int,
+    warn: Callable[[str], object],
     check: Callable[[], None] | None = None,
     class_map: Tensor | None = None,
 ) -> EvalResult:
@@ -343,7 +347,14 @@ def evaluate_source(
     data = config.data
     transform = EvalTransform(image_size=data.image_size, crop_fraction=data.eval_crop_fraction)
     batches = eval_batches(
-        source, transform, batch_size=batch_size, workers=data.workers or 0, pin_memory=device.type == "cuda"
+        source,
+        transform,
+        batch_size=batch_size,
+        workers=data.workers or 0,
+        pin_memory=device.type == "cuda",
+        on_error=data.on_error,
+        skip_limit=data.skip_limit,
+        warn=warn,
     )
     return evaluate(
         model,

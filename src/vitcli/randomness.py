@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["derive_seed", "normal", "permute", "uniform"]
+__all__ = ["derive_seed", "mix", "normal", "permute", "permute_each", "uniform", "words"]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: SplitMix64's increment
 FEISTEL_ROUNDS = 6  # 4 already make a pseudo-random permutation (Luby and Rackoff, 1988); 2 more for small domains
@@ -72,4 +72,26 @@ def permute(positions: ArrayLike, size: int, seed: int) -> NDArray[np.int64]:
             left, right = right, left ^ (mix(right ^ key) & mask)
         x[outside] = (left << half_bits) | right
         outside = x >= np.uint64(size)
+    return x.astype(np.int64)
+
+
+def permute_each(positions: NDArray[np.int64], sizes: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Map each position (B,) to where a shuffle of sizes[b] items, drawn by keys[b], puts it: `permute` for many sizes.
+
+    Args:
+        sizes: (B,) each above its position.
+        keys: (B,) scrambled words; equal size and key is the same shuffle.
+    """
+    half_bits = np.maximum(1, (np.frexp((sizes - 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
+    masks = (np.uint64(1) << half_bits) - np.uint64(1)
+    rounds = mix(keys[:, None] + GOLDEN * np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))  # (B, rounds)
+    x, limits = positions.astype(np.uint64), sizes.astype(np.uint64)
+    outside = np.arange(len(x))
+    while len(outside):
+        bits, mask, round_keys = half_bits[outside], masks[outside], rounds[outside]
+        left, right = x[outside] >> bits, x[outside] & mask
+        for number in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (mix(right ^ round_keys[:, number]) & mask)
+        x[outside] = (left << bits) | right
+        outside = outside[x[outside] >= limits[outside]]
     return x.astype(np.int64)

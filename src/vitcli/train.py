@@ -307,7 +307,14 @@ def evaluate_checkpoint(
     workers = config.data.workers if config.data.workers is not None else choose_workers(source, device.type)
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     result = evaluate_source(
-        model.to(device), source, config, device=device, batch_size=batch_size, num_classes=num_classes, class_map=class_map
+        model.to(device),
+        source,
+        config,
+        device=device,
+        batch_size=batch_size,
+        num_classes=num_classes,
+        warn=say,
+        class_map=class_map,
     )
     head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
     return {**head, **result.as_dict(pretrained.classes)}

@@ -13,6 +13,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -126,13 +127,16 @@ def pack(
     with bar:
         bar.update(sum(shard.examples for shard in state.shards.values()))
         try:
-            for shard in in_processes(writer, missing, jobs=jobs):
-                state.shards[shard.name] = shard
-                bar.update(shard.examples)
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    state.save()
-                    saved = time.monotonic()
+            with closing(in_processes(writer, missing, jobs=jobs)) as done:
+                for shard in done:
+                    state.shards[shard.name] = shard
+                    bar.update(shard.examples)
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        state.save()
+                        saved = time.monotonic()
         finally:
+            for leftover in folder.glob(f".tmp-{SPLIT_NAMES[split]}-*.tar"):  # of processes that were ended
+                leftover.unlink()
             state.save()
     shards = [state.shards[name] for name in names]
     write_whole(folder / NAMES, "".join(f"{name}\n" for name in source.classes))

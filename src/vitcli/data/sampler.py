@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vitcli.config import DataConfig
 from vitcli.data.protocol import Source
 from vitcli.errors import DataError
-from vitcli.randomness import FEISTEL_ROUNDS, GOLDEN, derive_seed, mix, permute, words
+from vitcli.randomness import derive_seed, mix, permute, permute_each, words
 
 __all__ = ["BlockShuffle", "ClassShuffle", "FullShuffle", "GroupShuffle", "Order", "build_order"]
 
@@ -307,28 +307,6 @@ def quotas_of(weights: Sequence[float]) -> Integers:
     if left > 0:
         quotas[np.argsort(quotas - exact, kind="stable")[:left]] += 1
     return quotas
-
-
-def permute_each(positions: Integers, sizes: Integers, keys: NDArray[np.uint64]) -> Integers:
-    """Map each position (B,) to where a shuffle of sizes[b] items, drawn by keys[b], puts it: `permute` for many sizes.
-
-    Args:
-        sizes: (B,) each above its position.
-        keys: (B,) scrambled words; equal size and key is the same shuffle.
-    """
-    half_bits = np.maximum(1, (np.frexp((sizes - 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
-    masks = (np.uint64(1) << half_bits) - np.uint64(1)
-    rounds = mix(keys[:, None] + GOLDEN * np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))  # (B, rounds)
-    x, limits = positions.astype(np.uint64), sizes.astype(np.uint64)
-    outside = np.arange(len(x))
-    while len(outside):
-        bits, mask, round_keys = half_bits[outside], masks[outside], rounds[outside]
-        left, right = x[outside] >> bits, x[outside] & mask
-        for number in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (mix(right ^ round_keys[:, number]) & mask)
-        x[outside] = (left << bits) | right
-        outside = outside[x[outside] >= limits[outside]]
-    return x.astype(np.int64)
 
 
 class Recent(Generic[Table]):

@@ -7,9 +7,11 @@ from numpy.typing import NDArray
 
 from vitcli.data.protocol import EncodedSource, Group, Labels, Source, SourceDefaults, UniformSource
 from vitcli.errors import DataError
-from vitcli.randomness import derive_seed, permute
+from vitcli.randomness import derive_seed, permute, permute_each, words
 
 __all__ = ["SubsetSource", "balanced_prefix", "held_out", "take_subset"]
+
+CHUNK = 1 << 20  # examples at a time
 
 
 class SubsetSource(SourceDefaults):
@@ -85,17 +87,13 @@ def balanced_prefix(labels: NDArray[Any], *, examples: int, seed: int) -> NDArra
     from there on the others go on.
     """
     labels = np.asarray(labels)
-    by_class = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels)
-    starts = np.cumsum(counts) - counts
-    turn = np.empty(len(labels), np.int64)  # how many of its class come before an example
-    for label in np.flatnonzero(counts).tolist():
-        members = by_class[starts[label] : starts[label] + counts[label]]
-        turn[members] = permute(np.arange(len(members)), len(members), derive_seed("subset", seed, label))
-    tie = permute(
-        labels, int(labels.max()) + 1, derive_seed("subset-classes", seed)
-    )  # which classes the last round begins with
-    return np.sort(np.lexsort((tie, turn))[:examples])
+    turn = shuffled_within_class(labels, seed=derive_seed("subset", seed))  # how many of its class come before an example
+    in_round = np.bincount(turn)  # (rounds,) examples that come in each
+    rounds = int(np.searchsorted(np.cumsum(in_round), examples, side="right"))  # whole ones
+    last = np.flatnonzero(turn == rounds)
+    first_classes = permute(labels[last], int(labels.max()) + 1, derive_seed("subset-classes", seed))
+    left = examples - int(in_round[:rounds].sum())
+    return np.sort(np.concatenate([np.flatnonzero(turn < rounds), last[np.argsort(first_classes)[:left]]]))
 
 
 def held_out(labels: NDArray[Any], *, fraction: float, name: str) -> NDArray[np.bool_]:
@@ -105,14 +103,25 @@ def held_out(labels: NDArray[Any], *, fraction: float, name: str) -> NDArray[np.
         DataError: every class has a single example.
     """
     labels = np.asarray(labels)
-    out = np.zeros(len(labels), np.bool_)
-    by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
-    starts = np.cumsum(counts) - counts
-    for label in np.flatnonzero(counts).tolist():
-        count = int(counts[label])
-        chosen = permute(np.arange(min(count - 1, max(1, round(count * fraction)))), count, derive_seed("held-out", label))
-        out[by_class[starts[label] + chosen]] = True
+    shares = np.minimum(counts - 1, np.maximum(1, np.rint(counts * fraction).astype(np.int64)))  # (K,) held out of each class
+    out: NDArray[np.bool_] = shuffled_within_class(labels, seed=derive_seed("held-out")) < shares[labels]
     if not out.any():
         raise DataError(f"{name}: every class has a single image, so none can be held out; give data.val_source")
     return out
+
+
+def shuffled_within_class(labels: NDArray[Any], *, seed: int) -> NDArray[np.int64]:
+    """Return, (N,), each example's place in a shuffle of its class, from 0."""
+    counts = np.bincount(labels)
+    narrow = labels.astype(np.uint16) if len(counts) <= 1 << 16 else labels  # 16 bits are radix-sorted
+    by_class = np.argsort(narrow, kind="stable")
+    starts = np.cumsum(counts) - counts
+    keys = words(seed, np.arange(len(counts)), 1)[:, 0]  # (K,)
+    turns = np.empty(len(labels), np.int64)
+    for start in range(0, len(labels), CHUNK):  # what is computed on the way is many times larger than the result
+        members = by_class[start : start + CHUNK]
+        classes = labels[members]
+        places = start + np.arange(len(members)) - starts[classes]
+        turns[members] = permute_each(places, counts[classes], keys[classes])
+    return turns

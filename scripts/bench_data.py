@@ -6,9 +6,9 @@ Four tasks: (a) CIFAR-10 in memory, pad-crop and flip; (b) shards at 64 px, ince
 RandAugment (2 operations, magnitude 10); (d) a folder of 500 x 400 JPEGs at 224 px, inception crop and flip, made here. Each
 ends with a normalised float32 batch on the CPU, from as many loader processes. timm's loader is `create_loader` with its
 prefetcher, which normalises whole batches as it would on a GPU; torchvision's is `references/classification`, from an
-ImageFolder; webdataset's is `decode("pil")` and the same transform, collated in its processes. Everybody decodes every image every time:
-"decoded once" is what our loader does by default with a set this small. Rounds alternate; medians are printed. Where other work
-keeps the machine busy, look at "per processor-second", of all processes together.
+ImageFolder; webdataset's is `decode("pil")` and the same transform, collated in its processes. Everybody decodes every image
+every time: "decoded once" is what our loader does by default with a set this small. Rounds alternate; medians are printed.
+Where other work keeps the machine busy, look at "per processor-second", of all processes together.
 """
 
 import argparse
@@ -240,7 +240,7 @@ def pack(folder: Path, target: Path, *, shards: int) -> list[str]:
 
 
 def processor_seconds() -> float:
-    """Return the processor time of this process and its loader processes so far; not a number where the system does not tell."""
+    """Return the processor time of this process and its loader processes so far; not a number where the system hides it."""
     total = time.process_time()
     for process in multiprocessing.active_children():
         try:

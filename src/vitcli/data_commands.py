@@ -107,10 +107,10 @@ def pack_data(
                 jobs=jobs,
             )
             sizes = [shard.bytes for shard in packed.shards]
-            each = f" ({mib(min(sizes))} to {mib(max(sizes))} each)" if len(sizes) > 1 else ""
+            each = f" ({in_bytes(min(sizes))} to {in_bytes(max(sizes))} each)" if len(sizes) > 1 else ""
             parts = [
                 f"{SPLIT_NAMES[split]:<10} {packed.examples:,} images in {some(len(sizes), 'shard')}",
-                f"{mib(sum(sizes))}{each}",
+                f"{in_bytes(sum(sizes))}{each}",
             ]
             if packed.left_out:
                 parts.append(f"{packed.left_out:,} left out")
@@ -126,8 +126,9 @@ def some(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}{'es' if what.endswith('s') else 's'}"
 
 
-def mib(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+def in_bytes(size: int) -> str:
+    power = 0 if size < 2**20 else 1 if size < 2**30 else 2
+    return f"{size / 2 ** (10 * power + 10):,.{power}f} {('KiB', 'MiB', 'GiB')[power]}"
 
 
 def read_list(path: Path) -> frozenset[str]:

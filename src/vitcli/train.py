@@ -11,9 +11,7 @@ from vitcli.checkpoint import Pretrained, latest_checkpoint, load_weights_file
 from vitcli.config import Config, Section
 from vitcli.config_file import LENGTHS, dump_config, read_config, stored_config
 from vitcli.data.loader import choose_workers
-from vitcli.data.preview import preview
 from vitcli.data.sources import open_source
-from vitcli.data.transforms import TrainTransform
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
 from vitcli.errors import ConfigError, DataError, RunExistsError
 from vitcli.evaluate import map_classes
@@ -26,7 +24,7 @@ from vitcli.recipes import finetune_recipe
 from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
 from vitcli.weights import load_weights
 
-__all__ = ["evaluate_checkpoint", "finetune", "pretrain", "preview_data"]
+__all__ = ["evaluate_checkpoint", "finetune", "pretrain"]
 
 Say = Callable[[str], None]
 CONFIG, MANIFEST, SUMMARY = "config.yaml", "manifest.json", "summary.json"
@@ -318,26 +316,3 @@ def evaluate_checkpoint(
     )
     head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
     return {**head, **result.as_dict(pretrained.classes)}
-
-
-def preview_data(
-    source: str,
-    config_path: Path | None,
-    overrides: Sequence[str],
-    *,
-    out: Path | None,
-    augmented: bool,
-    rows: int,
-    columns: int,
-) -> str:
-    """Write a contact sheet of a source's training split and say where; settings come from the config where one is given."""
-    base = {"data": {"image_size": 64}, "model": {"variant": "mu/1"}, "train": {"steps": 1}}
-    config, _ = read_config(
-        config_path, [*overrides, f"data.source={json.dumps(source, ensure_ascii=False)}"], base=base, base_name="preview"
-    )
-    opened = open_source(source, split="train", data=config.data)
-    path = out or Path(f"preview-{source.removeprefix('folder:').strip('/').replace('/', '-')}.png")
-    transform = TrainTransform(config.augment, image_size=config.data.image_size) if augmented else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    preview(opened, rows=rows, columns=columns, transform=transform, seed=config.seed).save(path, format="PNG")
-    return f"{path}: {source}, {len(opened):,} training images in {len(opened.classes):,} classes"

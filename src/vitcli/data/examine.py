@@ -325,7 +325,9 @@ def read_folder(path: Path, *, val_fraction: float) -> dict[Split, FolderReader]
     below = subfolders(path)
     held_out = next((name for name in EVALUATION_FOLDERS if name in below), None)
     if "train" in below:
-        roots: dict[Split, Path] = {"train": path / "train"} | ({"val": path / held_out} if held_out else {})
+        roots: dict[Split, Path] = {"train": path / "train"}
+        if held_out is not None:
+            roots["val"] = path / held_out
     elif held_out is not None and set(below) <= set(EVALUATION_FOLDERS):
         roots = {"val": path / held_out}
     else:

@@ -105,10 +105,10 @@ class ShardReader:
         kinds = LABELS if self.label_key == DEFAULT_LABEL_KEY else LABELS[::-1]
         for key, image in images.items():
             place = f"{url}:{printable(image.name)}"
-            kind = next((kind for kind in kinds if key in labels[kind]), None)
+            labelled = next((kind for kind in kinds if key in labels[kind]), None)
             label = -1
-            if kind is not None:
-                label = self.label_of(shard, url, labels[kind][key], kind, notes, names)
+            if labelled is not None:
+                label = self.label_of(shard, url, labels[labelled][key], labelled, notes, names)
             elif whole or key != last:
                 notes.findings.append(Finding("missing-label", place, "no .cls or .json of this name in the shard"))
             shard.seek(image.offset)

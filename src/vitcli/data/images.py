@@ -123,14 +123,13 @@ class EncodedImage:
 
 def orientation(image: Image.Image, data: bytes | None = None) -> int:
     """Return the EXIF orientation, 1 for upright; given the file's content, without decoding a PNG where that is avoidable."""
-    if image.format in ("JPEG", "MPO", "WEBP"):  # their headers are complete, and most tell nothing: getexif() costs more
-        if "exif" not in image.info and "xmp" not in image.info:
-            return 1
-    elif image.format == "TIFF":  # Pillow turns these upright itself
-        return 1
-    elif image.format == "PNG" and data is not None and not any(mark in data for mark in LATE_EXIF):
-        return 1
-    return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    if image.format == "TIFF":  # Pillow turns these upright itself, and tells their upright size
+        silent = True
+    elif image.format in ("JPEG", "MPO", "WEBP"):  # their headers are complete
+        silent = "exif" not in image.info and "xmp" not in image.info
+    else:
+        silent = image.format == "PNG" and data is not None and not any(mark in data for mark in LATE_EXIF)
+    return 1 if silent else int(image.getexif().get(EXIF_ORIENTATION, 1))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

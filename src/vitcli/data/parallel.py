@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from vitcli.errors import UserError
 
@@ -111,8 +111,8 @@ def collect(workers: Sequence[tuple[BaseProcess, Connection]], count: int) -> Ge
     early: dict[int, tuple[Any, Exception | None]] = {}
     for number in range(count):
         while number not in early:
-            for connection in wait(list(processes)):
-                assert isinstance(connection, Connection)
+            for ready in wait(list(processes)):
+                connection = cast(Connection, ready)
                 try:
                     done, result, error = connection.recv()
                     hand_out(connection)

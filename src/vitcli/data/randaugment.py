@@ -1,10 +1,10 @@
 """RandAugment (Cubuk et al., 1909.13719) as the AugReg runs used it (big_vision `pp/autoaugment.py`), for whole batches.
 
 16 operations, each layer picks one per image. Magnitude 10 is full strength; AugReg goes up to 20. Vectorised by grouping the
-images of a batch by operation; half of them are tables of 256 entries. Integer or strictly element-wise arithmetic, so a result
-does not depend on the rest of the batch. Deviations: distances are shares of the image side (the original's pixels at 224),
-posterize keeps at least one bit as TensorFlow's shift does, and contrast uses the true mean (the original divides by 256 instead
-of the number of pixels).
+images of a batch by operation; half of the operations are tables of 256 entries. Integer or strictly element-wise arithmetic,
+so a result does not depend on the rest of the batch. Deviations: distances are shares of the image side (the original's pixels
+at 224), posterize keeps at least one bit as TensorFlow's shift does, and contrast uses the true mean (the original divides by
+256 instead of the number of pixels).
 """
 
 import math
@@ -59,7 +59,7 @@ def apply(name: str, images: Images, draws: NDArray[np.float64], *, level: float
         shift = min(7, max(0, 8 - int(level * 4)))
         return look_up(images, (VALUES >> shift) << shift)
     if name == "Solarize":
-        return look_up(images, np.where(VALUES < int(level * 256), VALUES, 255 - VALUES))
+        return look_up(images, np.where(int(level * 256) <= VALUES, 255 - VALUES, VALUES))
     if name == "SolarizeAdd":
         return look_up(images, np.where(VALUES < 128, np.minimum(VALUES + int(level * 110), 255), VALUES))
     if name == "Color":

@@ -12,7 +12,7 @@ from PIL import Image
 __all__ = ["Box", "crop_resize", "crop_resize_each", "resize_part"]
 
 PRECISION_BITS = 22  # Pillow: 32 - 8 bits of the pixel - 2 bits of room for the sum
-LARGE_PIXELS = 96 * 96  # above it Pillow's loop in C is faster than our passes over arrays
+LARGE_PIXELS = 40 * 40  # of input or result; above it Pillow's loop in C is faster than our passes over arrays
 CHUNK_ELEMENTS = 1 << 17  # elements per block: int32 intermediates then stay in the second-level cache
 
 Box = NDArray[np.float32]  # (B, 4): top, left, bottom, right, px; Pillow's box has this precision too
@@ -28,7 +28,7 @@ def crop_resize(images: NDArray[np.uint8], boxes: Box, *, size: tuple[int, int],
             crop); boxes are whole numbers in the first case.
     """
     height, width = images.shape[1:3]
-    if height * width > LARGE_PIXELS:
+    if max(height * width, size[0] * size[1]) > LARGE_PIXELS:
         return crop_resize_each(list(images), boxes, size=size, clip=clip)
     out = np.empty((len(images), *size, 3), np.uint8)
     step = max(1, CHUNK_ELEMENTS // (3 * max(height, size[0]) * max(width, size[1])))

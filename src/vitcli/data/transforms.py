@@ -186,6 +186,8 @@ def draw(seed: int, purpose: str, epochs: NDArray[np.int64], indices: NDArray[np
 
 def sides(images: Images) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return heights (B,) and widths (B,), px."""
+    if isinstance(images, np.ndarray):
+        return np.full(len(images), images.shape[1]), np.full(len(images), images.shape[2])
     shapes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     return shapes[:, 0], shapes[:, 1]
 

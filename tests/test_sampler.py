@@ -21,6 +21,7 @@ from vitcli.data.sampler import (
     FullShuffle,
     GroupShuffle,
     Order,
+    Planned,
     Turns,
     build_order,
     quotas_of,
@@ -386,3 +387,11 @@ def test_over_epochs_an_example_comes_anywhere() -> None:
     assert len(places) == 120
     assert stats.kstest(places, "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.25
+
+
+def test_a_planned_order_is_the_order_itself() -> None:
+    order = FullShuffle(1000, seed=3)
+    planned = Planned(order)
+    for start, stop in ((0, 5), (8190, 8200), (8192, 8192), (5, 30_000), (123_456_789, 123_456_900)):
+        for got, expected in zip(planned.between(start, stop), order.at(np.arange(start, stop)), strict=True):
+            assert np.array_equal(got, expected)

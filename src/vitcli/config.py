@@ -158,8 +158,9 @@ class DataConfig(Section):
     root: Path | None = machine(None, "data root; else $VIT_DATA, else ~/.cache/vit")
     workers: Count | None = machine(None, "loader processes; null chooses by source and machine")
     remote_cache_gib: Annotated[float, Field(gt=0)] = machine(100.0, "disk space for copies of remote shards, GiB")
-    memory_cache_gib: Annotated[float, Field(ge=0)] = machine(
-        4.0, "decode a set once and keep it if it is smaller than this, GiB"
+    memory_cache_gib: Annotated[float, Field(ge=0)] = Field(
+        4.0,  # a JPEG that is read again each time may be decoded at reduced scale, which shows in the last bits of a pixel
+        description="decode a set once and keep it if it is smaller than this, GiB",
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitcli.data.protocol import EncodedSource, Source, UniformSource
-from vitcli.data.sampler import Order
+from vitcli.data.sampler import Order, Planned
 from vitcli.data.transforms import EvalTransform, TrainTransform
 from vitcli.errors import DataError, UserError
 from vitcli.randomness import derive_seed, permute
@@ -90,7 +90,7 @@ def train_batches(
         DataError: an example cannot be read, or more than may be skipped; raised here wherever it was met.
     """
     maker = TrainBatchMaker(
-        source, transform, order, batch_size, micro_batch_size, seed, rank, ranks, on_error == "skip", skip_limit
+        source, transform, Planned(order), batch_size, micro_batch_size, seed, rank, ranks, on_error == "skip", skip_limit
     )
     keys = StepParts(start_step, total_steps, -(-batch_size // micro_batch_size))
     made = stream(maker, keys, workers=workers, pin_memory=pin_memory)
@@ -103,7 +103,7 @@ class TrainBatchMaker:
 
     source: Source
     transform: TrainTransform
-    order: Order
+    planned: Planned
     batch_size: int
     micro_batch_size: int
     seed: int
@@ -118,9 +118,9 @@ class TrainBatchMaker:
         start = first + part * self.micro_batch_size
         stop = min(start + self.micro_batch_size, first + self.batch_size)
         if self.source.remote and self.source.encoded:
-            fetch_ahead(cast(EncodedSource, self.source), self.order.ahead(np.arange(start, stop)))
+            fetch_ahead(cast(EncodedSource, self.source), self.planned.order.ahead(np.arange(start, stop)))
         mine = share(start, stop, self.rank, self.ranks)
-        epochs, indices = self.order.at(np.arange(mine.start, mine.stop))
+        epochs, indices = self.planned.between(mine.start, mine.stop)
         if len(indices) == 0:
             images = torch.empty((0, 3, *self.transform.image_size), dtype=torch.uint8)
             return Made(as_batch(images, indices, indices), [])

@@ -18,12 +18,13 @@ from vitcli.data.protocol import Source
 from vitcli.errors import DataError
 from vitcli.randomness import derive_seed, mix, permute, permute_each, words
 
-__all__ = ["BlockShuffle", "ClassShuffle", "FullShuffle", "GroupShuffle", "Order", "build_order"]
+__all__ = ["BlockShuffle", "ClassShuffle", "FullShuffle", "GroupShuffle", "Order", "Planned", "build_order"]
 
 Integers = NDArray[np.int64]
 Table = TypeVar("Table")
 
 REMOTE_WINDOW = 65_536  # images shuffled among each other, where shards have to be fetched: about 64 usual shards
+STRETCH = 8_192  # positions worked out at once
 TABLES_KEPT = 3  # a batch may touch two epochs or periods
 EVEN_PERIOD = 4_096  # positions at least, in which groups of equal weight come equally often
 SHORTEST_PERIOD, LONGEST_PERIOD = 1 << 16, 1 << 20  # positions in which groups of unequal weight get their quotas
@@ -307,6 +308,30 @@ def quotas_of(weights: Sequence[float]) -> Integers:
     if left > 0:
         quotas[np.argsort(quotas - exact, kind="stable")[:left]] += 1
     return quotas
+
+
+class Planned:
+    """An order worked out in stretches: in most, a hundred positions take as long as thousands."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.stretches = Recent(self.plan_stretch)
+
+    def plan_stretch(self, number: int) -> tuple[Integers, Integers]:
+        """Work out STRETCH positions."""
+        return self.order.at(np.arange(number * STRETCH, (number + 1) * STRETCH))
+
+    def between(self, start: int, stop: int) -> tuple[Integers, Integers]:
+        """Return (epochs, indices) of positions start to stop - 1."""
+        parts = []
+        for number in range(start // STRETCH, -(-stop // STRETCH)):
+            first = number * STRETCH
+            part = slice(max(start - first, 0), stop - first)
+            epochs, indices = self.stretches[number]
+            parts.append((epochs[part], indices[part]))
+        if not parts:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        return np.concatenate([epochs for epochs, _ in parts]), np.concatenate([indices for _, indices in parts])
 
 
 class Recent(Generic[Table]):

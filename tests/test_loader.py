@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vitcli.config import AugmentConfig, DataConfig
 from vitcli.data.loader import MOST_REPLACEMENTS, Batch, choose_workers, eval_batches, replacement, train_batches
-from vitcli.data.protocol import SourceDefaults
+from vitcli.data.protocol import Source, SourceDefaults
 from vitcli.data.sampler import BlockShuffle, FullShuffle, build_order
-from vitcli.data.sources import ArraySource, Source, open_source
+from vitcli.data.sources import ArraySource, open_source
 from vitcli.data.transforms import EvalTransform, TrainTransform
 from vitcli.errors import DataError
 

@@ -23,9 +23,11 @@ from PIL import Image
 from vitcli.config import AugmentConfig, DataConfig
 from vitcli.data.cache import decode_once
 from vitcli.data.folders import open_folder
-from vitcli.data.images import read_image, to_rgb
+from vitcli.data.images import decode as decode_image
+from vitcli.data.images import to_rgb
 from vitcli.data.preview import pick, preview
-from vitcli.data.sources import ArraySource, DecodedSource, FileSource, Source, open_source
+from vitcli.data.protocol import Source
+from vitcli.data.sources import ArraySource, DecodedSource, FileSource, open_source
 from vitcli.data.transforms import TrainTransform
 from vitcli.errors import DataError
 
@@ -39,6 +41,10 @@ def write_images(folder: Path, count: int, *, size: tuple[int, int] = (8, 8), se
     rng = np.random.default_rng(seed)
     for i in range(count):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:04d}{suffix}")
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    return decode_image(path.read_bytes(), where=str(path))
 
 
 def one_line(error: pytest.ExceptionInfo[DataError]) -> str:
@@ -117,15 +123,18 @@ def test_damaged_files_are_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("not an image")
-    for name, reason in (
-        ("cut", "truncated"),
-        ("empty", "the file is empty"),
-        ("text", "no image format"),
-        ("gone", "no such file"),
-    ):
+    for name, reason in (("cut", "truncated"), ("empty", "the file is empty"), ("text", "no image format")):
         with pytest.raises(DataError, match=f"{name}.jpg: cannot read this image: .*{reason}") as error:
             read_image(tmp_path / f"{name}.jpg")
         one_line(error)
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    source = FileSource(open_folder(make_set(tmp_path), split="train", val_fraction=0.1), name="set")
+    Path(source.where(2)).unlink()
+    with pytest.raises(DataError, match=f"{re.escape(source.where(2))}: cannot read this image: No such file") as error:
+        source[2]
+    one_line(error)
 
 
 # Folders

@@ -23,8 +23,8 @@ from vitcli.checkpoint import Pretrained, latest_checkpoint, load_checkpoint, pr
 from vitcli.config import Config
 from vitcli.config_file import flatten
 from vitcli.data.loader import Batch, eval_batches, train_batches
+from vitcli.data.protocol import Source
 from vitcli.data.sampler import build_order
-from vitcli.data.sources import Source
 from vitcli.data.transforms import EvalTransform, TrainTransform, mix_batch, normalise
 from vitcli.errors import DataError, Interrupted, UserError
 from vitcli.evaluate import EvalResult, evaluate

@@ -6,9 +6,7 @@ two steps, header first, so that a crop can be chosen before any pixel is decode
 
 import io
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vitcli.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "EncodedImage", "decode", "read_image", "read_size", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "EncodedImage", "decode", "read_size", "to_rgb"]
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -168,19 +166,6 @@ def decode(data: bytes, *, where: str) -> NDArray[np.uint8]:
     return EncodedImage(data, where=where).pixels()
 
 
-def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Read one image file as uint8 (H, W, 3).
-
-    Raises:
-        DataError: it is missing or damaged; names the file and the reason.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise unreadable(str(Path(path)), error) from error
-    return decode(data, where=str(Path(path)))
-
-
 def read_size(data: bytes, *, where: str) -> tuple[int, int]:
     """Read (height, width) from an image's header, px, upright. Raises DataError like `decode`."""
     image = EncodedImage(data, where=where)
@@ -191,8 +176,6 @@ def unreadable(where: str, error: Exception, *, empty: bool = False) -> DataErro
     """Say in one line why reading failed."""
     if empty:
         reason = "the file is empty"
-    elif isinstance(error, FileNotFoundError):
-        reason = "there is no such file"
     elif isinstance(error, UnidentifiedImageError):
         reason = "no image format recognises it"
     elif isinstance(error, OSError) and error.strerror:

@@ -18,13 +18,13 @@ from vitcli.data.folders import ImageFiles, Split, open_folder
 from vitcli.data.images import decode
 from vitcli.data.mix import MixSource
 from vitcli.data.named import NAMED_SETS, Arrays, data_root, load_named
-from vitcli.data.protocol import EncodedSource, Labels, Source, SourceDefaults, UniformSource
+from vitcli.data.protocol import EncodedSource, Labels, Source, SourceDefaults
 from vitcli.data.shards import open_shards
 from vitcli.data.subset import take_subset
 from vitcli.errors import DataError
 from vitcli.randomness import derive_seed, permute
 
-__all__ = ["ArraySource", "DecodedSource", "FileSource", "Source", "UniformSource", "open_source"]
+__all__ = ["ArraySource", "DecodedSource", "FileSource", "open_source"]
 
 DIGITS_VAL_FRACTION = 0.2  # scikit-learn publishes no split: 1,438 to train on, 359 to evaluate on
 

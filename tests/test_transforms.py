@@ -39,7 +39,7 @@ def random_boxes(count: int, height: int, width: int) -> NDArray[np.float32]:
 def test_batch_resampling_equals_pillow_bit_for_bit(
     shape: tuple[int, int], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitcli.data.resample.LARGE_PIXELS", 10**6)  # Pillow itself would do the larger of these
+    monkeypatch.setattr("vitcli.data.resample.LARGE_PIXELS", 10**6)  # torch would do the larger of these
     images, boxes = random_images(24, *shape), random_boxes(24, *shape)
     assert (
         crop_resize(images, boxes, size=size, clip=True) == crop_resize_each(list(images), boxes, size=size, clip=True)
@@ -63,7 +63,7 @@ def test_crop_resize_is_torchvisions_resized_crop() -> None:
         top, left, bottom, right = box
         tensor = torch.from_numpy(image).permute(2, 0, 1)
         expected = F.resized_crop(tensor, top, left, bottom - top, right - left, [32, 24], antialias=True)
-        assert np.abs(expected.permute(1, 2, 0).numpy().astype(int) - got).max() <= 1
+        assert np.abs(expected.numpy().astype(int) - got).max() <= 1
 
 
 def test_inception_boxes_lie_inside_and_cover_the_range() -> None:
@@ -159,12 +159,13 @@ def test_inputs_are_not_changed() -> None:
     assert (images == before).all()
 
 
-def test_eval_transform_is_pillows_resize() -> None:
-    image = random_images(1, 50, 70)[0]
-    expected = np.asarray(Image.fromarray(image).resize((32, 24), Image.Resampling.BILINEAR))
+@pytest.mark.parametrize(("shape", "most"), [((30, 41), 0), ((50, 70), 1), ((400, 500), 1)])  # levels off: torch's 15 bits
+def test_eval_transform_is_pillows_resize(shape: tuple[int, int], most: int) -> None:
+    image = random_images(1, *shape)[0]
+    expected = np.asarray(Image.fromarray(image).resize((32, 24), Image.Resampling.BILINEAR)).astype(int)
     for given in (image[None], [image]):
         got = EvalTransform(image_size=(24, 32))(given)[0].permute(1, 2, 0).numpy()
-        assert (got == expected).all()
+        assert np.abs(got - expected).max() <= most and (got != expected).mean() <= 0.01
     tensor = F.resize(torch.from_numpy(image).permute(2, 0, 1), [24, 32], antialias=True)
     assert np.abs(tensor.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 

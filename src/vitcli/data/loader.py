@@ -306,12 +306,25 @@ def fetch(source: Source, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8]
     return [image for image, _ in examples], np.array([label for _, label in examples], np.int64)
 
 
-def read_files(source: Source, indices: NDArray[np.int64]) -> tuple[list[bytes], NDArray[np.int64], list[str]]:
+class Places(Sequence[str]):
+    """Where each of some examples lies, worked out when it is asked for: only messages need it."""
+
+    def __init__(self, source: Source, indices: NDArray[np.int64]) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.source.where(int(self.indices[position]))
+
+
+def read_files(source: Source, indices: NDArray[np.int64]) -> tuple[list[bytes], NDArray[np.int64], Places]:
     """Return files, labels (B,) and where each file lies."""
     encoded = cast(EncodedSource, source)
-    numbers = indices.tolist()
-    files = [encoded.read(index) for index in numbers]
-    return files, np.asarray(encoded.labels[indices], np.int64), [encoded.where(index) for index in numbers]
+    files = [encoded.read(index) for index in indices.tolist()]
+    return files, np.asarray(encoded.labels[indices], np.int64), Places(source, indices)
 
 
 def as_batch(images: Tensor, labels: NDArray[np.int64], indices: NDArray[np.int64]) -> Batch:

@@ -19,7 +19,6 @@ from vitcli.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights_file,
-    prune_checkpoints,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -262,16 +261,160 @@ def test_sound_checkpoint_is_kept_and_damaged_one_replaced(tmp_path: Path) -> No
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
-def test_prune_keeps_the_newest(tmp_path: Path) -> None:
-    paths = [save(tmp_path, step, ema=False) for step in (1, 2, 3, 4)]
-    assert prune_checkpoints(tmp_path, keep=2, step=4) == [paths[1], paths[0]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
-    # resumed at 2 because 3 and 4 are damaged: what was just saved must outlive them
-    save(tmp_path, 2)
-    assert prune_checkpoints(tmp_path, keep=1, step=2) == []
-    assert len(list(tmp_path.iterdir())) == 3
-    with pytest.raises(ValueError, match="keep"):
-        prune_checkpoints(tmp_path, keep=0, step=2)
+def test_a_reader_of_a_leftover_is_not_disturbed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".tmp-step_00000002-4711"
+    shutil.copytree(save(tmp_path, 1), leftover)
+    (tmp_path / ".tmp-step_00000003-4711").symlink_to(leftover)
+    with open(leftover / "optimizer.pt"):
+        save(tmp_path, 2)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [leftover.name, "step_00000001", "step_00000002"]
+    save(tmp_path, 3)
+    assert not leftover.exists()
+
+
+def test_latest_of_some(tmp_path: Path) -> None:
+    paths = [save(tmp_path / "checkpoints", step) for step in (10, 13, 20, 27)]
+    assert latest_checkpoint(tmp_path, up_to=26) == paths[2]
+    assert latest_checkpoint(tmp_path, up_to=19) == paths[1]
+    assert latest_checkpoint(tmp_path, up_to=19, every_steps=10) == paths[0]
+    assert latest_checkpoint(tmp_path, every_steps=10) == paths[2]
+    assert latest_checkpoint(tmp_path, up_to=9) is None
+
+
+def test_what_else_a_run_needs(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    arguments = {"ema_state": None, "optimizer_state": optimizer.state_dict(), "manifest": MANIFEST}
+    extra = {"loss_scale": {"scale": 1024.0}, "list": [1, None]}
+    path = save_checkpoint(tmp_path, step=1, model_state=model.state_dict(), extra=extra, **arguments)
+    assert load_checkpoint(path).extra == extra
+    assert b"loss_scale" not in (path / "model.safetensors").read_bytes()
+    assert load_checkpoint(save(tmp_path, 2)).extra == {}
+    with pytest.raises(ValueError, match="JSON"):
+        save_checkpoint(tmp_path, step=3, model_state=model.state_dict(), extra={"x": float("nan")}, **arguments)
+
+
+# ---------------------------------------------------------------- a hand that means harm
+
+
+def sign(path: Path, change: dict[str, Any]) -> None:
+    """Rewrite a manifest so that its checksum is right."""
+    body = {**checkpoint.read_manifest(path / "manifest.json"), **change}
+    (path / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoint.sha256_of_json(body)}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": True},
+        {"step": -1},
+        {"step": 10**30},
+        {"step": 2},  # the directory says 1
+        {"classes": [1]},
+        {"preprocessing": {}},
+        {"preprocessing": {"image_size": [8, 0]}},
+        {"preprocessing": {"image_size": [8, "8"]}},
+        {"extra": [1]},
+        {"files": {"model.safetensors": {"bytes": "x", "sha256": ""}, "optimizer.pt": {"bytes": 1, "sha256": ""}}},
+        {"files": {"model.safetensors": {"bytes": -1, "sha256": ""}, "optimizer.pt": {"bytes": 1, "sha256": 1}}},
+        {"files": {"model.safetensors": None, "optimizer.pt": []}},
+    ],
+)
+def test_values_that_no_save_writes(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    sign(path, change)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: .* damaged"):
+        load_checkpoint(path)
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, '{"step": ' + "9" * 10_000 + "}", '"\\ud800"']
+)
+def test_json_that_exhausts_its_reader(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: .* damaged") as caught:
+        load_checkpoint(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_plain_file_is_not_opened(tmp_path: Path, name: str) -> None:
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir):
+        path = save(tmp_path, 1)
+        (path / name).unlink()
+        make(path / name)
+        with pytest.raises(CheckpointError, match=name):
+            load_checkpoint(path)
+        shutil.rmtree(path)
+
+
+def test_a_file_larger_than_the_memory_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    size = 1 << 43  # nothing but holes: takes no room on the disk
+    for name in ("model.safetensors", "optimizer.pt", "manifest.json"):
+        os.truncate(path / name, size)
+        with pytest.raises(CheckpointError, match=rf"{name}: has {size:,} bytes; at most"):
+            load_checkpoint(path)
+        path = save(tmp_path, 1)
+    lone = tmp_path / "lone.safetensors"
+    shutil.copy(path / "model.safetensors", lone)
+    os.truncate(lone, size)
+    with pytest.raises(CheckpointError, match="at most"):
+        load_weights_file(lone)
+
+
+def safetensors(header: bytes, data: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (65 << 20).to_bytes(8, "little") + bytes(66 << 20),
+        safetensors(b"[" * 100_000),
+        safetensors(b'{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', bytes(4)),
+        safetensors(b'{"w":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
+        safetensors(b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', bytes(4)),
+        safetensors(b'{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', bytes(4)),
+        safetensors(
+            b'{"v":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            bytes(4),
+        ),
+        safetensors(b'{"__metadata__":{"vit":"' + b"[" * 100_000 + b'"}}'),
+    ],
+)
+def test_safetensors_headers_that_lie(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"w\.safetensors: ") as caught:
+        load_weights_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_begins_like_a_pickle_is_one_all_the_same(tmp_path: Path) -> None:
+    model, _ = trained()
+    for name in ("x" * extra for extra in range(300)):  # some header's length ends in 0x80, a pickle's first byte
+        about = {**MANIFEST, "source": name, "layout": 1, "step": 1, "is_ema": False}
+        checkpoint.write_weights(path := tmp_path / "w.safetensors", model.state_dict(), about=about)
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert load_weights_file(path).step == 1
+
+
+def test_weights_without_their_kind(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    checkpoint.write_weights(path, {"w": torch.ones(2)}, about={**json.loads(json.dumps(MANIFEST)), "layout": 1, "step": 1})
+    with pytest.raises(CheckpointError, match="is_ema"):
+        load_weights_file(path)
+
+
+@pytest.mark.parametrize("name", ["step_1", "step_0000000001", "step_٠٠٠٠٠٠٠١", "step_00000001.old", "step_" + "9" * 30])
+def test_names_that_are_not_ours(tmp_path: Path, name: str) -> None:
+    shutil.copytree(save(tmp_path, 1), tmp_path / "checkpoints" / name)
+    assert latest_checkpoint(tmp_path) is None
 
 
 # ---------------------------------------------------------------- a disk that refuses
@@ -374,7 +517,7 @@ def test_what_is_not_weights_gives_one_line(tmp_path: Path, monkeypatch: pytest.
         "bare.safetensors": "does not say which model",
         "foreign.safetensors": "does not say which model",
         "nonsense.safetensors": "not JSON",
-        "list.safetensors": "not what was written",
+        "list.safetensors": "not a JSON object",
         "empty.safetensors": "not what was written",
         "zip.pt": "unpickling can run anything",
         "pickle.pt": "unpickling can run anything",

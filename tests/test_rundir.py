@@ -108,13 +108,31 @@ def test_leftovers_of_a_kill_go_with_the_next_lock(tmp_path: Path) -> None:
         assert [item.name for item in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_stranger_among_the_leftovers_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-mine").mkdir()
+    with lock_run(tmp_path):
+        assert (tmp_path / ".tmp-mine").is_dir()
+
+
+def test_what_is_no_plain_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    os.mkfifo(path)
+    with pytest.raises(RunExistsError, match=r"manifest\.json: not a file of ours"):
+        read_json(path)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(RunExistsError, match=r"manifest\.json: not a file of ours"):
+        read_json(path)
+
+
 def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "summary.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000, '{"step": ' + "9" * 10_000 + "}"])
 def test_malformed_json_names_the_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(RunExistsError, match=r"manifest\.json"):

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from vitcli.config import VARIANTS, ModelConfig, parse_variant
 from vitcli.models import build_model
-from vitcli.models.vit import VisionTransformer, sincos2d_positions
+from vitcli.models.vit import VisionTransformer, attend, sincos2d_positions
 
 TINY: dict[str, Any] = {"image_size": (32, 32), "patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4}
 
@@ -263,6 +263,42 @@ def test_initial_weights_follow_the_authors_code() -> None:
 def test_initial_weights_depend_on_the_seed_alone() -> None:
     first, again = build().state_dict(), build().state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------------------------ less work
+
+
+@pytest.mark.parametrize("changes", [{}, {"depth": 1}, {"pool": "gap"}, {"representation_size": 8}])
+def test_leaving_out_what_nobody_reads_changes_no_logit_and_no_gradient(changes: dict[str, Any]) -> None:
+    short, whole = build(**changes).train(), build(**changes).train()
+    randomise(short)
+    whole.load_state_dict(short.state_dict())
+    whole.random = True  # as with dropout: the last block makes every token
+    images, weights = pixels(3, 32, 32), torch.randn(3, 10, generator=torch.Generator().manual_seed(3))
+    for model in (short, whole):
+        (model(images) * weights).sum().backward()
+    torch.testing.assert_close(short(images), whole(images), rtol=1e-5, atol=1e-5)
+    gradients = [{name: parameter.grad for name, parameter in model.named_parameters()} for model in (short, whole)]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradient, gradients[1][name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_attention_in_16_bits_on_a_cpu_is_close_to_that_in_32() -> None:
+    generator = torch.Generator().manual_seed(4)
+    qkv = torch.randn(3, 2, 4, 17, 8, generator=generator)  # (3, B, A, N, D/A)
+    weights = torch.randn(2, 4, 17, 8, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = qkv.to(dtype, copy=True).requires_grad_()
+        out = attend(*parts, dropout=0.0)
+        assert out.dtype == dtype
+        (out.float() * weights).sum().backward()
+        assert parts.grad is not None
+        found.append((out.float(), parts.grad.float()))
+    for exact, rounded in zip(*found):
+        assert (exact - rounded).abs().max() < 0.03 * exact.abs().max()
 
 
 # ----------------------------------------------------------------------------------------------------------------- dropout

@@ -12,7 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
+from vitcli.in_use import held, unread
+from vitcli.optimizer_file import read_optimizer, write_optimizer
 
 __all__ = [
     "Checkpoint",
     "Pretrained",
     "save_checkpoint",
-    "prune_checkpoints",
     "latest_checkpoint",
     "verify_checkpoint",
     "load_checkpoint",
@@ -39,9 +42,10 @@ __all__ = [
 LAYOUT = 1  # raised when a reader of today could not understand the files any more
 MODEL, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
 PORTABLE = {"model": dict, "classes": list, "preprocessing": dict, "source": str, "seed": int}  # what every manifest says
-STEP_NAME = re.compile(r"step_(\d{8,})")
+STEP_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,17})")
 TEMPORARY = ".tmp-step_"
-BLOCK_BYTES = 1 << 20
+# A file may claim any size; what is read whole into memory is bounded. ViT-H with 21,843 classes needs 2 MB.
+MOST_MANIFEST_BYTES = MOST_HEADER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Checkpoint:
     ema_state: dict[str, Tensor] | None
     optimizer_state: dict[str, Any]
     manifest: dict[str, Any]
+    extra: dict[str, Any]  # JSON values, say a loss scale; empty where none were given
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def save_checkpoint(
     ema_state: Mapping[str, Tensor] | None,
     optimizer_state: Mapping[str, Any],
     manifest: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoints_dir`/step_XXXXXXXX so that it appears whole or not at all, and return it.
 
@@ -90,7 +96,8 @@ def save_checkpoint(
         step: updates done.
         model_state, ema_state: tensors on any device; ones that share memory are written apart.
         optimizer_state: must be loadable with `weights_only=True`.
-        manifest: JSON values, with at least model, classes, preprocessing, source and seed.
+        manifest: JSON values, with at least model, classes, preprocessing, source and seed; goes into the weights files too.
+        extra: JSON values that a run needs to go on, beside the tensors.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are as they were.
@@ -104,8 +111,7 @@ def save_checkpoint(
     about = {**json.loads(json.dumps(manifest)), "layout": LAYOUT, "step": step}
     try:
         checkpoints_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in checkpoints_dir.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover)
+        remove_leftovers(checkpoints_dir)
         if is_sound(final):
             return final
         temporary.mkdir()
@@ -114,17 +120,17 @@ def save_checkpoint(
             write_weights(temporary / EMA, ema_state, about={**about, "is_ema": True})
         write_optimizer(temporary / OPTIMIZER, optimizer_state)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())}
-        body = {**about, "files": files}
+        body = {**about, "extra": json.loads(json.dumps(dict(extra or {}), allow_nan=False)), "files": files}
         text = json.dumps({**body, "sha256": sha256_of_json(body)}, indent=2) + "\n"
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
         for path in sorted(temporary.iterdir()):
             flush_to_disk(path)
         flush_to_disk(temporary)
         if final.exists():  # damaged, or it would have been kept; a directory cannot be renamed onto a full one
-            os.rename(final, checkpoints_dir / f"{temporary.name}-damaged")
+            os.rename(final, hidden_name(final))
         os.rename(temporary, final)
         flush_to_disk(checkpoints_dir)
-        shutil.rmtree(checkpoints_dir / f"{temporary.name}-damaged", ignore_errors=True)
+        remove_leftovers(checkpoints_dir)
     except (OSError, SafetensorError) as error:  # SafetensorError is how its writer reports a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -138,23 +144,22 @@ def save_checkpoint(
     return final
 
 
-def prune_checkpoints(checkpoints_dir: Path, *, keep: int, step: int) -> list[Path]:
-    """Delete all but the `keep` newest checkpoints up to `step`, the one just saved, and return what was deleted.
+def hidden_name(path: Path) -> Path:
+    """Return a new name for what is to be deleted, under which nobody takes it for a checkpoint."""
+    return path.with_name(f"{TEMPORARY}{step_of(path):08d}-{os.getpid()}-{os.urandom(4).hex()}")
 
-    Later ones are left alone: a run never passes over a sound checkpoint, so they are damaged and will be replaced in time;
-    counting them could delete the very one just saved.
-    """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    old = [path for path in checkpoints_in(checkpoints_dir) if step_of(path) <= step][keep:]
-    for path in old:
-        hidden = checkpoints_dir / f"{TEMPORARY}{step_of(path):08d}-{os.getpid()}-old"
-        try:
-            os.rename(path, hidden)  # first, so that a kill halfway leaves no half checkpoint behind
-            shutil.rmtree(hidden)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot delete this old checkpoint ({error.strerror})") from error
-    return old
+
+def remove_leftovers(checkpoints_dir: Path) -> None:
+    """Delete what killed saves and unfinished deletions left behind, but for what somebody still reads."""
+    for leftover in checkpoints_dir.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):  # the next save tries again
+            if leftover.is_symlink():
+                leftover.unlink()
+                continue
+            with unread(leftover) as nobody_reads:
+                free = nobody_reads()
+            if free:
+                shutil.rmtree(leftover)
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], *, about: Mapping[str, Any]) -> None:
@@ -182,18 +187,6 @@ def write_weights(path: Path, state: Mapping[str, Tensor], *, about: Mapping[str
         file.write(settled)
 
 
-def write_optimizer(path: Path, state: Mapping[str, Any]) -> None:
-    """Write an optimizer's state as torch does."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(dict(state), file)
-    except RuntimeError as error:
-        # torch's zip writer closes itself after a failed write, fails at that too, and hides the reason
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
 def flush_to_disk(path: Path) -> None:
     """Make a file's or a directory's content survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -212,49 +205,95 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing, cut short or changed, or the manifest is malformed; names the file.
     """
-    manifest_path = path / MANIFEST
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory")
-    manifest = read_manifest(manifest_path)
-    for name, expected in manifest["files"].items():
-        file = path / name
-        try:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise damaged(file, f"has {size:,} bytes, {expected['bytes']:,} were written")
-            if sha256_of(file) != expected["sha256"]:
-                raise damaged(file, "its content is not what was written (SHA-256 differs)")
-        except FileNotFoundError:
-            raise damaged(file, "the file is missing") from None
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    with reading(path):
+        manifest = read_manifest(path / MANIFEST)
+        if STEP_NAME.fullmatch(path.name) and step_of(path) != manifest["step"]:
+            raise damaged(path / MANIFEST, f"is of step {manifest['step']}, which the directory's name contradicts")
+        for name, expected in manifest["files"].items():
+            file = path / name
+            with naming(file):
+                size = plain_size(file)
+                if size != expected["bytes"]:
+                    raise damaged(file, f"has {size:,} bytes, {expected['bytes']:,} were written")
+                if sha256_of(file) != expected["sha256"]:
+                    raise damaged(file, "its content is not what was written (SHA-256 differs)")
     return manifest
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Keep a checkpoint directory from being deleted inside the block; raises CheckpointError if it is none."""
+    with ExitStack() as stack:
+        with naming(path / MANIFEST):
+            stack.enter_context(held(path / MANIFEST))
+        yield
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Turn what the system says of a file into an error that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise damaged(file, "the file is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def plain_size(file: Path, *, most: int | None = None) -> int:
+    """Return the size in bytes of a file that can be read whole: no pipe, no device, not larger than `most` or the memory."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise damaged(file, "is not a plain file")
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if most is None else most
+    if status.st_size > limit:
+        raise CheckpointError(f"{file}: has {status.st_size:,} bytes; at most {limit:,} can be read here")
+    return status.st_size
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest.json and check it against its own checksum."""
+    with naming(path):
+        plain_size(path, most=MOST_MANIFEST_BYTES)
+        text = path.read_bytes()
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise damaged(path, "the file is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not JSON, or not even UTF-8
-        raise damaged(path, f"is not JSON ({error})") from None
-    if not isinstance(manifest, dict):
-        raise damaged(path, "is not a JSON object")
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if manifest.get("sha256") != sha256_of_json(body):
-        raise damaged(path, "its content is not what was written (SHA-256 differs)")
+        body = signed_json(text)
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
     complaint = malformed(body)
     if complaint:
         raise damaged(path, complaint)
     files = body.get("files")
     if not isinstance(files, dict) or not {MODEL, OPTIMIZER} <= files.keys() <= {MODEL, EMA, OPTIMIZER}:
         raise damaged(path, "does not list the checkpoint's files")
-    if any(not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys() for entry in files.values()):
+    if not all(
+        isinstance(entry, dict) and is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    ):
         raise damaged(path, "does not give the size and SHA-256 of every file")
+    if not isinstance(body.get("extra", {}), dict):
+        raise damaged(path, "`extra` must be a dict")
     return body
+
+
+def signed_json(text: str | bytes) -> dict[str, Any]:
+    """Read a JSON object that holds its own SHA-256 and return it without; raises ValueError saying what is wrong."""
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("is not a JSON object")
+        said = value.pop("sha256", None)
+        if said != sha256_of_json(value):
+            raise ValueError("its content is not what was written (SHA-256 differs)")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error})") from None
+    except UnicodeError as error:  # not UTF-8, or half a surrogate pair
+        raise ValueError(f"is not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("is not JSON of ours (nested too deeply)") from None
+    return value
 
 
 def is_sound(path: Path) -> bool:
@@ -271,6 +310,11 @@ def missing_in(manifest: Mapping[str, Any]) -> str | None:
     for key, kind in PORTABLE.items():
         if not isinstance(manifest.get(key), kind):
             return f"`{key}` must be a {kind.__name__}"
+    if not all(isinstance(name, str) for name in manifest["classes"]):
+        return "`classes` must hold names"
+    size = manifest["preprocessing"].get("image_size")
+    if not (isinstance(size, list | tuple) and len(size) == 2 and all(is_count(side) and side > 0 for side in size)):
+        return "`preprocessing.image_size` must be [height, width]"
     return None
 
 
@@ -278,9 +322,14 @@ def malformed(about: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a description read from disk, if anything is."""
     if about.get("layout") != LAYOUT:
         return f"has layout {about.get('layout')!r}, this version of vit reads {LAYOUT}"
-    if not isinstance(about.get("step"), int):
-        return "`step` must be an int"
+    if not is_count(about.get("step")):
+        return "`step` must be an int, at least 0"
     return missing_in(about)
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether a JSON value is an integer, at least 0, of 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def damaged(file: Path, what: str) -> CheckpointError:
@@ -331,17 +380,38 @@ def checkpoints_in(directory: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def latest_checkpoint(run_dir: Path, *, say: Callable[[str], None] | None = None) -> Path | None:
-    """Return the run's newest checkpoint that verifies, or None; each damaged one passed over is told to `say`."""
+def latest_checkpoint(
+    run_dir: Path, *, up_to: int | None = None, every_steps: int = 1, say: Callable[[str], None] | None = None
+) -> Path | None:
+    """Return the run's newest checkpoint that verifies, or None; each damaged one passed over is told to `say`.
+
+    Args:
+        up_to: none of a later step.
+        every_steps: only of multiples of it, so that where an interruption made one makes no difference.
+    """
+    with newest_sound(run_dir, up_to=up_to, every_steps=every_steps, say=say) as path:
+        return path
+
+
+@contextmanager
+def newest_sound(
+    run_dir: Path, *, up_to: int | None = None, every_steps: int = 1, say: Callable[[str], None] | None = None
+) -> Iterator[Path | None]:
+    """Find what `latest_checkpoint` returns, and keep it from being deleted inside the block."""
     for path in checkpoints_in(run_dir / "checkpoints"):
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            if say is not None:
-                say(f"warning: {error}; falling back to the checkpoint before {path.name}")
-        else:
-            return path
-    return None
+        if step_of(path) % every_steps or (up_to is not None and step_of(path) > up_to):
+            continue
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(reading(path))
+                verify_checkpoint(path)
+            except CheckpointError as error:
+                if say is not None:
+                    say(f"warning: {error}; falling back to the checkpoint before {path.name}")
+                continue
+            yield path
+            return
+    yield None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -350,15 +420,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: anything in it is missing, damaged or malformed.
     """
-    manifest = verify_checkpoint(path)
-    model_state, _ = read_weights(path / MODEL)
-    ema_state = read_weights(path / EMA)[0] if EMA in manifest["files"] else None
-    try:
-        optimizer_state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    except Exception as error:  # the zip reader and the restricted unpickler raise whatever they meet
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path / OPTIMIZER}: not an optimizer state that loads safely ({reason})") from error
-    return Checkpoint(manifest["step"], model_state, ema_state, optimizer_state, manifest)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory")
+    with reading(path):
+        manifest = verify_checkpoint(path)
+        model_state, _ = read_weights(path / MODEL)
+        ema_state = read_weights(path / EMA)[0] if EMA in manifest["files"] else None
+        with naming(path / OPTIMIZER):
+            optimizer_state = read_optimizer(path / OPTIMIZER)
+    return Checkpoint(manifest["step"], model_state, ema_state, optimizer_state, manifest, manifest.get("extra", {}))
 
 
 def load_weights_file(path: Path, *, say: Callable[[str], None] | None = None) -> Pretrained:
@@ -374,20 +444,20 @@ def load_weights_file(path: Path, *, say: Callable[[str], None] | None = None) -
             f"{path}: no such file or directory; expected a run directory, a checkpoint or a .safetensors file"
         )
     if (path / "checkpoints").is_dir():
-        latest = latest_checkpoint(path, say=say)
-        if latest is None:
-            raise CheckpointError(f"{path}: this run has no sound checkpoint yet; train it longer, or give another path")
-        return from_checkpoint(latest, verified=True)
+        with newest_sound(path, say=say) as latest:
+            if latest is None:
+                raise CheckpointError(f"{path}: this run has no sound checkpoint yet; train it longer, or give another path")
+            return from_checkpoint(latest, read_manifest(latest / MANIFEST))
     if path.is_dir():
         if STEP_NAME.fullmatch(path.name) or (path / MODEL).exists() or (path / OPTIMIZER).exists():
-            return from_checkpoint(path, verified=False)
+            with reading(path):
+                return from_checkpoint(path, verify_checkpoint(path))
         raise CheckpointError(f"{path}: neither a run directory (no checkpoints/ in it) nor a checkpoint (no {MODEL} in it)")
     return from_file(path)
 
 
-def from_checkpoint(path: Path, *, verified: bool) -> Pretrained:
-    """Read the weights of one checkpoint directory."""
-    manifest = read_manifest(path / MANIFEST) if verified else verify_checkpoint(path)
+def from_checkpoint(path: Path, manifest: Mapping[str, Any]) -> Pretrained:
+    """Read the weights of one checkpoint directory, verified before."""
     return from_file(path / (EMA if EMA in manifest["files"] else MODEL))
 
 
@@ -409,11 +479,16 @@ def from_file(path: Path) -> Pretrained:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a safetensors file that vit wrote: its tensors, on the CPU, and its description."""
     try:
+        size = plain_size(path)
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(8)
+        header_bytes = int.from_bytes(start, "little")
+        if header_bytes > min(size, MOST_HEADER_BYTES):
+            raise SafetensorError(f"a header of {header_bytes:,} bytes in a file of {size:,}")
         with safe_open(path, framework="pt") as weights:
             metadata = weights.metadata() or {}
-            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 (not a mapping)
+            # Copies: the library's tensors are the file itself, which somebody may delete or cut short.
+            tensors = {name: weights.get_tensor(name).clone() for name in weights.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         if start[:2] == b"PK" or start[:1] == b"\x80":  # torch.save's zip, or a bare pickle
             raise CheckpointError(
@@ -427,12 +502,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path}: does not say which model and classes it holds (no `vit` metadata); expected a file vit wrote"
         )
     try:
-        about = json.loads(metadata["vit"])
-    except ValueError:
-        raise damaged(path, "its `vit` metadata is not JSON") from None
-    if not isinstance(about, dict) or about.pop("sha256", None) != sha256_of_json(about):
-        raise damaged(path, "its `vit` metadata is not what was written (SHA-256 differs)")
+        about = signed_json(metadata["vit"])
+    except ValueError as error:
+        raise damaged(path, f"its `vit` metadata {error}") from None
     complaint = malformed(about)
+    if complaint is None and not isinstance(about.get("is_ema"), bool):
+        complaint = "`is_ema` must be a bool"
     if complaint:
         raise damaged(path, f"its `vit` metadata: {complaint}")
     if about.pop("tensors_sha256", None) != sha256_of_tensors(tensors):

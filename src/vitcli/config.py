@@ -213,6 +213,9 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt | None = Field(
         None, description="images a device holds at a time; gradients accumulate over the rest"
     )
+    eval_batch_size: PositiveInt | None = machine(
+        None, "images a device holds at a time at evaluation; null takes twice as many"
+    )
     loss: Literal["softmax", "sigmoid"] = Field("softmax", description="cross-entropy over classes, or one per class")
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
     class_weights: Literal["none", "sqrt", "balanced"] = Field(
@@ -223,10 +226,24 @@ class TrainConfig(Section):
     )
     freeze_backbone: bool = Field(False, description="train the head alone (linear probe)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
-    precision: Literal["auto", "float32", "bf16"] = Field(
-        "auto", description="auto takes bf16 where it is faster on this device"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
+        "auto", description="auto takes bf16 where it is faster on this device; fp16 scales the loss as needed"
+    )
+    tune: bool = Field(
+        True, description="settle precision: auto and the micro-batch by a short measurement, kept for next time"
     )
     compile: bool = Field(False, description="torch.compile the model")
+    parallel: Literal["auto", "ddp", "fsdp"] = machine(
+        "auto", "several processes hold the whole model each, or parts of it (FSDP2); auto by what fits in memory"
+    )
+    activation_checkpointing: bool = machine(
+        False, "compute activations again in the backward pass: a third more work, a fraction of the memory"
+    )
+    timeout_seconds: PositiveInt = machine(600, "of several processes, how long one may keep the others waiting")
+    nonfinite_limit: PositiveInt = Field(
+        3, description="steps in a row without finite loss and gradient that go back to a checkpoint"
+    )
+    max_rollbacks: Count = Field(3, description="how often a run may go back before it gives up")
 
 
 class LogConfig(Section):
@@ -238,6 +255,9 @@ class LogConfig(Section):
     )
     checkpoint_every_steps: PositiveInt | None = machine(None, "null takes 1/10 of the run, at most 1,000")
     keep_checkpoints: PositiveInt = machine(2, "newest checkpoints kept")
+    keep_every_steps: PositiveInt | None = machine(None, "checkpoints kept for good: every so many steps")
+    keep_best: Count = machine(0, "best checkpoints kept, by best_metric; then one is written at every evaluation")
+    best_metric: Literal["top1", "top5", "loss"] = machine("top1", "of an evaluation; what keep_best goes by")
     sample_images: Count = machine(16, "training images in TensorBoard's sample grid; 0 turns it off")
 
 

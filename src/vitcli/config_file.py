@@ -20,6 +20,12 @@ from vitcli.errors import ConfigError
 __all__ = ["Layers", "check_config", "dump_config", "flatten", "load_config", "read_config", "setting_keys", "stored_config"]
 
 LENGTHS = ("steps", "epochs", "examples")
+LONGEST = 1 << 18  # characters of a config file, and of its values once aliases (*name) are written out; more is no config
+MOST_SETTINGS = 1000
+LARGEST_INT = 2**63 - 1  # beyond it numpy and torch raise errors of their own
+PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in paths these end in errors far from here
+SHOWN = 120  # characters of a key or value in a message
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -39,6 +45,13 @@ PlainLoader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+class PlainDumper(yaml.SafeDumper):
+    """Quotes what `PlainLoader` would take for a number, such as the name 1e3."""
+
+
+PlainDumper.yaml_implicit_resolvers = PlainLoader.yaml_implicit_resolvers
 
 
 class Layers:
@@ -89,11 +102,12 @@ class Layers:
         for word in overrides:
             key, equals, text = word.partition("=")
             if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-                raise ConfigError(f"{word}: expected key=value, such as optim.lr=3e-4")
+                raise ConfigError(f"{shown(word)}: expected key=value, such as optim.lr=3e-4")
             try:
-                value = yaml.load(text, PlainLoader)  # a SafeLoader
-            except yaml.YAMLError:
-                raise ConfigError(f"{word}: the value is not YAML; quote it for the shell") from None
+                loader, node = compose(text)
+                value = None if node is None else loader.construct_object(node, deep=True)
+            except (yaml.YAMLError, ValueError, KeyError):
+                raise ConfigError(f"{shown(word)}: the value is not YAML; quote it for the shell") from None
             if isinstance(value, dict) and not text.lstrip().startswith("{"):
                 value = text  # `folder:` alone is a name, not a map
             parsed |= flatten({key: value}) if isinstance(value, dict) else {key: value}
@@ -101,7 +115,7 @@ class Layers:
         if len(lengths) > 1:
             raise ConfigError(f"{' and '.join(lengths)} are both given; give exactly one of steps, epochs and examples")
         for key, value in parsed.items():
-            self.add({key: value}, {}, f"{key}={value}")
+            self.add({key: value}, {}, shown(f"{key}={value}"))
 
     def where(self, key: str) -> str:
         """Return the best place to point at for a key: its own, else its section's, else any layer's name."""
@@ -133,19 +147,68 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def compose(text: str) -> tuple[PlainLoader, yaml.Node | None]:
+    """Parse a YAML document of plain values; a few lines of aliases can stand for gigabytes, so they are counted first.
+
+    Raises:
+        yaml.YAMLError: not YAML, too deep, too large, or of a type that no setting has.
+    """
+    loader = PlainLoader(text)  # check_plain leaves nothing that would construct anything else
+    try:
+        root = loader.get_single_node()
+        if root is not None:
+            check_plain(root, {})
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    finally:
+        loader.dispose()
+    return loader, root
+
+
+def check_plain(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return how many characters a node stands for; raise where a tag or the size is no setting's."""
+    known = sizes.get(id(node))
+    if known == 0:
+        raise yaml.constructor.ConstructorError(None, None, "an alias that contains itself", node.start_mark)
+    if known is not None:
+        return known
+    if node.tag not in PLAIN_TAGS:
+        raise yaml.constructor.ConstructorError(None, None, f"no setting has the type {shown(node.tag)}", node.start_mark)
+    sizes[id(node)] = 0  # under way
+    if isinstance(node, yaml.ScalarNode):
+        size = 1 + len(node.value)
+    else:
+        children = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
+        size = 1 + sum(check_plain(child, sizes) for child in children)
+    if size > LONGEST:
+        problem = f"more than {LONGEST:,} characters once its aliases are written out"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    sizes[id(node)] = size
+    return size
+
+
+def shown(text: object) -> str:
+    """Return a key or value for a message: one line, printable, not endless."""
+    text = str(text)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Read a YAML map as dotted keys, and the line of each."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: there is no such config file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a text file ({error.__class__.__name__}); expected YAML") from None
-    loader = PlainLoader(text)
+    if len(text) > LONGEST:
+        raise ConfigError(f"{path}: has more than {LONGEST:,} characters; expected the settings of a run")
     try:
-        root = loader.get_single_node()
+        loader, root = compose(text)
         values: dict[str, Any] = {}
         lines: dict[str, int] = {}
         if root is not None:
@@ -156,10 +219,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
-    finally:
-        loader.dispose()
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # KeyError: `!!bool maybe`
+        raise ConfigError(f"{path}: not valid YAML: {shown(str(error).splitlines()[0])}") from None
     return values, lines
 
 
@@ -171,6 +232,10 @@ def walk(
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{path}:{line}: expected a setting's name, found a {key_node.id}")
         key = f"{prefix}{key_node.value}"
+        if not key.isprintable() or len(key) > SHOWN or not key_node.value:
+            raise ConfigError(f"{path}:{line}: {shown(key)!r} is not a setting; `vit schema` lists the settings")
+        if len(lines) == MOST_SETTINGS:
+            raise ConfigError(f"{path}:{line}: has more than {MOST_SETTINGS:,} settings")
         if key in lines:
             raise ConfigError(f"{path}:{line}: {key} is given twice, first at line {lines[key]}")
         lines[key] = line
@@ -201,6 +266,10 @@ def nearest(key: str) -> str:
 
 def validate(layers: Layers) -> Config:
     """Turn layers into a Config, or raise a ConfigError for the first thing wrong."""
+    for key, value in layers.values.items():
+        complaint = unfit(value)
+        if complaint:
+            raise ConfigError(f"{layers.where(key)}: {shown(key)} {complaint}")
     try:
         return Config.model_validate(layers.nested())
     except ValidationError as error:
@@ -213,7 +282,7 @@ def validate(layers: Layers) -> Config:
         key = key.rsplit(".", 1)[0]  # a place inside a value, such as the first of two numbers
     where = layers.where(key)
     if first["type"] == "extra_forbidden":
-        raise ConfigError(f"{where}: {key} is not a setting{nearest(key)}")
+        raise ConfigError(f"{where}: {shown(key)} is not a setting{nearest(key)}")
     if first["type"] == "missing":
         raise ConfigError(f"{where}: {key} is missing; it must be given")
     found = layers.values.get(key, first["input"])
@@ -222,7 +291,20 @@ def validate(layers: Layers) -> Config:
         expected = (
             f"settings below it, such as {key}.{next(k.split('.')[1] for k in setting_keys() if k.startswith(f'{key}.'))}"
         )
-    raise ConfigError(f"{where}: {key} is {found!r}; expected {expected}")
+    raise ConfigError(f"{where}: {key} is {shown(repr(found))}; expected {expected}")
+
+
+def unfit(value: Any) -> str | None:
+    """Say why no setting can have a value, whatever its type; None if it may be one."""
+    if isinstance(value, str) and UNPRINTABLE.search(value):
+        return f"is {shown(repr(value))}; expected text without control characters"
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        return f"is {shown(value)}; expected a number of at most 63 bits"
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(unfit, value)), None)
+    if isinstance(value, Mapping):
+        return next(filter(None, (unfit(each) for pair in value.items() for each in pair)), None)
+    return None
 
 
 def check_config(config: Config, layers: Layers) -> None:
@@ -319,4 +401,4 @@ def stored_config(path: Path) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return the config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=PlainDumper, sort_keys=False, default_flow_style=None, width=120)

@@ -1,20 +1,23 @@
-"""Exact evaluation: every image counts once, whatever the batch size.
+"""Exact evaluation: every image counts once, whatever the batch size and however many processes share the batches.
 
 Hits are counted as integers and losses summed in float64, on the model's device, so that nothing depends on how examples
-were batched but the model's own rounding. Sigmoid loss as big_vision's `sigmoid_xent`: sum over classes, mean over images.
+were batched but the model's own rounding; the sums of batches are added without rounding, so nothing depends on who had which.
+Sigmoid loss as big_vision's `sigmoid_xent`: sum over classes, mean over images.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcli.errors import DataError
+from vitcli.distributed import SOLO, Ranks
+from vitcli.errors import DataError, Interrupted, UserError
 
 __all__ = ["EvalResult", "evaluate", "map_classes"]
 
@@ -76,57 +79,63 @@ def evaluate(
     loss: Literal["softmax", "sigmoid"] = "softmax",
     class_map: Tensor | None = None,
     should_stop: Callable[[], object] | None = None,
+    ranks: Ranks = SOLO,
 ) -> EvalResult:
     """Run `model` over `batches` and count; the model's training modes are as before afterwards.
 
     Args:
         model: images (b, 3, H, W) to logits (b, K); on `device`.
-        batches: of `images` uint8 (b, 3, H, W) and `labels` int64 (b,), every example exactly once.
+        batches: of `images` uint8 (b, 3, H, W) and `labels` int64 (b,), every example exactly once; this rank's share of them.
         num_classes: K, the model's outputs.
         preprocess: uint8 images on `device` to what the model takes.
         dtype: of the forward pass; bfloat16 runs under autocast.
         class_map: (data set's classes,) to the model's, from `map_classes`.
         should_stop: called before each batch; raises to end the evaluation (`Interrupted`).
+        ranks: those who share the evaluation; each returns the result of all.
 
     Raises:
         DataError: there are no examples, or a label is not one of the model's classes.
+        UserError, Interrupted: what reading a batch or `should_stop` raised, on every rank whoever met it.
     """
     top = min(5, num_classes)
-    ranks = torch.arange(num_classes, device=device)
+    numbers = torch.arange(num_classes, device=device)
     hits = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,) right at the first guess
     hits_top5 = torch.zeros((), dtype=torch.int64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    losses: list[Tensor] = []  # 0-d float64, one per batch
     modes = [(module, module.training) for module in model.modules()]
     started = time.perf_counter()
     model.eval()
     try:
         # not inference_mode: a tensor the model caches there could not take part in training later
         with torch.no_grad():
-            for batch in batches:
-                if should_stop is not None:
-                    should_stop()
+            for batch in in_step(batches, ranks=ranks, should_stop=should_stop):
                 labels = target_labels(batch["labels"], num_classes=num_classes, class_map=class_map).to(device)  # (b,)
                 images = preprocess(batch["images"].to(device, non_blocking=True))
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     logits = model(images)
+                if len(labels) == 0:
+                    continue
                 logits = logits.double()  # (b, K)
                 own = logits.gather(1, labels[:, None])  # (b, 1)
                 # The rank of the label among all classes; a tie goes to the lower class number, as argmax does, so a head
                 # of zeros scores what chance scores. Logits that are not numbers are never right.
-                ahead = (logits > own) | ((logits == own) & (ranks < labels[:, None]))
+                ahead = (logits > own) | ((logits == own) & (numbers < labels[:, None]))
                 rank = ahead.sum(1) + num_classes * logits.isnan().any(1)  # (b,)
                 hits.index_add_(0, labels, (rank == 0).long())
                 hits_top5 += (rank < top).sum()
                 counts.index_add_(0, labels, torch.ones_like(labels))
                 if loss == "softmax":
-                    loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+                    losses.append(F.cross_entropy(logits, labels, reduction="sum"))
                 else:
                     targets = F.one_hot(labels, num_classes).double()
-                    loss_sum += F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+                    losses.append(F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"))
     finally:
         for module, training in modes:
             module.training = training
+    for counted in (hits, hits_top5, counts):
+        ranks.sum_(counted)
+    per_rank = ranks.gather(torch.stack(losses).tolist() if losses else [])
     per_class_correct, per_class_examples = hits.tolist(), counts.tolist()
     examples, correct, correct_top5 = sum(per_class_examples), sum(per_class_correct), int(hits_top5)
     if examples == 0:
@@ -134,7 +143,7 @@ def evaluate(
     return EvalResult(
         top1=correct / examples,
         top5=correct_top5 / examples,
-        loss=float(loss_sum) / examples,
+        loss=math.fsum(chain.from_iterable(per_rank)) / examples,
         correct=correct,
         correct_top5=correct_top5,
         examples=examples,
@@ -143,6 +152,34 @@ def evaluate(
         per_class_examples=per_class_examples,
         seconds=time.perf_counter() - started,
     )
+
+
+def in_step(
+    batches: Iterable[Mapping[str, Tensor]], *, ranks: Ranks, should_stop: Callable[[], object] | None
+) -> Iterator[Mapping[str, Tensor]]:
+    """Yield this rank's batches while any rank has one; whoever has none left gets one image without a label.
+
+    So every rank runs the model equally often, which one that is held in parts needs, and an end comes to all at once.
+    """
+    remaining = iter(batches)
+    while True:
+        batch, problem = None, None
+        try:
+            if should_stop is not None:
+                should_stop()
+            batch = next(remaining, None)
+        except (UserError, Interrupted) as error:
+            problem = error
+        ranks.agree(problem)
+        if ranks.any(batch is None):
+            shapes = [shape for shape in ranks.gather(None if batch is None else tuple(batch["images"].shape)) if shape]
+            if not shapes:
+                return
+            if batch is None:
+                images = torch.zeros(1, *shapes[0][1:], dtype=torch.uint8)
+                batch = {"images": images, "labels": torch.zeros(0, dtype=torch.int64)}
+        assert batch is not None
+        yield batch
 
 
 def target_labels(labels: Tensor, *, num_classes: int, class_map: Tensor | None) -> Tensor:

@@ -28,10 +28,14 @@ class StopSignals:
         if not self.defer:
             raise Interrupted(signum)
 
+    def pending(self) -> Interrupted | None:
+        """Return what `check` would raise."""
+        return None if self.received is None else Interrupted(self.received)
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal has arrived."""
-        if self.received is not None:
-            raise Interrupted(self.received)
+        if (interrupted := self.pending()) is not None:
+            raise interrupted
 
     @contextmanager
     def installed(self) -> Iterator["StopSignals"]:

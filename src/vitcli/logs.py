@@ -34,6 +34,7 @@ class RunLog:
         run_dir: gets metrics.jsonl and tensorboard/; made if missing.
         batch_size: images per step, for img/s.
         quiet: nothing on the console.
+        writes: whether this process writes files and speaks; of several that train together one does.
         stream: the console; standard error by default, so that standard output holds results only.
     """
 
@@ -45,25 +46,30 @@ class RunLog:
         total_steps: int,
         batch_size: int,
         quiet: bool = False,
+        writes: bool = True,
         stream: TextIO | None = None,
     ) -> None:
         self.total_steps = total_steps
         self.batch_size = batch_size
-        self.quiet = quiet
+        self.quiet = quiet or not writes
+        self.writes = writes
         self.stream = sys.stderr if stream is None else stream
         self.metrics_path = run_dir / "metrics.jsonl"
         self.tensorboard_dir = run_dir / "tensorboard"
         self.purge_step = start_step + 1 if self.tensorboard_dir.exists() else None
         self.lazy_writer: SummaryWriter | None = None
+        self.metrics_file: TextIO | None = None
+        rows: list[dict[str, Any]] = []
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            rows = cut_back(self.metrics_path, start_step)
-            self.metrics_file = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+            if writes:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                rows = cut_back(self.metrics_path, start_step)
+                self.metrics_file = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         except OSError as error:
             raise UserError(
                 f"{self.metrics_path}: cannot be written ({error.strerror}); choose another run directory"
             ) from error
-        self.eval_steps = {row["step"] for row in rows if row["kind"] == "eval"}
+        self.evals = {row["step"]: row for row in rows if row["kind"] == "eval"}
         self.train_seconds = sum(row.get("seconds", 0.0) for row in rows if row["kind"] == "train")  # of the whole run
         self.row_step = start_step  # the last row's
         self.window_start = time.monotonic()
@@ -71,7 +77,7 @@ class RunLog:
         self.is_paused = False
         self.step_seconds: float | None = None  # smoothed
         self.bar: tqdm[Any] | None = None
-        if self.stream.isatty() and not quiet:
+        if self.stream.isatty() and not self.quiet:
             self.bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -126,7 +132,7 @@ class RunLog:
         if not self.has_eval(step):
             with self.paused():
                 self.write_row("eval", step, values)
-            self.eval_steps.add(step)
+            self.evals[step] = dict(values)
         shown = [f"{name} {100 * values[key]:.2f} %" for key, name in (("top1", "top-1"), ("top5", "top-5")) if key in values]
         if isinstance(values.get("loss"), int | float):
             shown.append(f"loss {values['loss']:.4g}")
@@ -134,10 +140,12 @@ class RunLog:
 
     def has_eval(self, step: int) -> bool:
         """Tell whether an evaluation after `step` updates is in the log, from before a resume or from now."""
-        return step in self.eval_steps
+        return step in self.evals
 
     def images(self, step: int, tag: str, images: "Tensor") -> None:
         """Put uint8 images (n, 3, H, W) into TensorBoard as one grid."""
+        if not self.writes:
+            return
         with self.paused():
             from torchvision.utils import make_grid
 
@@ -146,6 +154,8 @@ class RunLog:
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Put flat settings, and the numbers to compare runs by (say `eval/top1`), into TensorBoard's HPARAMS page."""
+        if not self.writes:
+            return
         from torch.utils.tensorboard.summary import hparams
 
         plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()}
@@ -189,7 +199,8 @@ class RunLog:
         if self.lazy_writer is not None:
             self.lazy_writer.close()
             self.lazy_writer = None
-        self.metrics_file.close()
+        if self.metrics_file is not None:
+            self.metrics_file.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -209,6 +220,8 @@ class RunLog:
 
     def write_row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl and its plain numbers to TensorBoard, under `kind`/key."""
+        if self.metrics_file is None:
+            return
         try:
             self.metrics_file.write(json.dumps({"kind": kind, "step": step, **finite(dict(values))}, allow_nan=False) + "\n")
             self.metrics_file.flush()

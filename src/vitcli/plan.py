@@ -12,6 +12,7 @@ import torch
 
 from vitcli.config import Config, ModelConfig, resolve_model
 from vitcli.device import choose_precision, hardware, memory_bytes
+from vitcli.distributed import SOLO, Parallel, Ranks, choose_parallel
 from vitcli.errors import ConfigError
 from vitcli.models import build_model
 from vitcli.models.flops import activation_bytes, forward_flops
@@ -33,8 +34,10 @@ class Plan:
     val_examples: int
     parameters: int
     flops_per_image: int
-    memory_estimate_bytes: int
+    memory_estimate_bytes: int  # of one device
     device: torch.device
+    parallel: Parallel
+    ranks: int
 
 
 def lr_of_step(config: Config, step: int) -> float:
@@ -51,7 +54,7 @@ def lr_of_step(config: Config, step: int) -> float:
     )
 
 
-def resolve(config: Config, *, train_examples: int, val_examples: int, device: torch.device) -> Config:
+def resolve(config: Config, *, train_examples: int, val_examples: int, device: torch.device, ranks: int = 1) -> Config:
     """Return the config with every `null` that planning decides replaced by its value."""
     model = resolve_model(config.model)
     train, optim, log = config.train, config.optim, config.log
@@ -65,7 +68,8 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
     warmup_steps = optim.warmup_steps if optim.warmup_steps is not None else min(10_000, steps // 20)
     if warmup_steps >= steps:
         raise ConfigError(f"optim.warmup_steps is {warmup_steps}, but the run has {steps} steps; make it shorter")
-    micro = train.micro_batch_size or _micro_batch_size(config, device)
+    alone = train.micro_batch_size or _micro_batch_size(config, device)
+    micro = min(alone, math.ceil(train.batch_size / ranks))
     assert model.width is not None
     # An image costs a third at evaluation of what it costs in training: ten evaluations, unless they would take over 15 %
     evaluations = min(10, max(1, int(0.15 * 3 * steps * train.batch_size / val_examples)))
@@ -79,6 +83,8 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
                     "epochs": None,
                     "examples": None,
                     "micro_batch_size": micro,
+                    # without gradients twice as many fit; the same for any number of processes, and so the same numbers
+                    "eval_batch_size": train.eval_batch_size or 2 * alone,
                     "precision": choose_precision(train.precision, device, width=model.width),
                 }
             ),
@@ -107,7 +113,9 @@ def _sizes(model: ModelConfig) -> dict[str, Any]:
     return {key: getattr(model, key) for key in ("patch_size", "width", "depth", "mlp_dim", "pool")}
 
 
-def build_plan(config: Config, *, num_classes: int, train_examples: int, val_examples: int, device: torch.device) -> Plan:
+def build_plan(
+    config: Config, *, num_classes: int, train_examples: int, val_examples: int, device: torch.device, ranks: Ranks = SOLO
+) -> Plan:
     """Work out what a resolved config costs; builds the model without memory to count its parameters."""
     with torch.device("meta"):
         model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)
@@ -116,14 +124,22 @@ def build_plan(config: Config, *, num_classes: int, train_examples: int, val_exa
     moments = 1 if config.optim.name == "sgd" else 2
     copies = 1 + (config.train.ema_decay is not None)
     assert config.train.micro_batch_size is not None
-    memory = 4 * parameters * copies + 4 * trained * (1 + moments)
-    memory += config.train.micro_batch_size * activation_bytes(image_size=config.data.image_size, **_sizes(config.model))
+    state_bytes = 4 * parameters * copies + 4 * trained * (1 + moments)
+    activations = config.train.micro_batch_size * activation_bytes(image_size=config.data.image_size, **_sizes(config.model))
+    parallel = choose_parallel(
+        config.train.parallel,
+        ranks=ranks.ranks,
+        state_bytes=state_bytes,
+        activation_bytes=activations,
+        memory_bytes=memory_bytes(device),
+    )
+    memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + activations
     hidden = config.model.representation_size
     assert hidden != "width"  # resolved
     flops = forward_flops(
         image_size=config.data.image_size, num_classes=num_classes, representation_size=hidden, **_sizes(config.model)
     )
-    return Plan(config, num_classes, train_examples, val_examples, parameters, flops, memory, device)
+    return Plan(config, num_classes, train_examples, val_examples, parameters, flops, memory, device, parallel, ranks.ranks)
 
 
 def describe(plan: Plan) -> list[str]:
@@ -147,6 +163,7 @@ def describe(plan: Plan) -> list[str]:
         f"optimiser   {optim.name}, weight decay {optim.weight_decay:g}, gradient clip {optim.grad_clip}",
         f"lr          {optim.schedule}; by step: {curve}",
         f"precision   {train.precision} on {hardware(plan.device)}",
+        *([f"processes   {plan.ranks}, {plan.parallel}"] if plan.ranks > 1 else []),
         f"memory      about {plan.memory_estimate_bytes / GIB:.2f} GiB for weights, optimiser and activations",
         f"run         {config.out}",
     ]

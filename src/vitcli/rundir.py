@@ -7,10 +7,11 @@ what made the numbers: command, versions, git revision, hardware, data fingerpri
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from vitcli.errors import RunExistsError, UserError
 __all__ = ["lock_run", "write_text", "write_json", "read_json", "build_manifest", "git_revision", "differing_keys"]
 
 LOCK_NAME = ".lock"
+MOST_JSON_BYTES = 64 << 20
 
 
 # ---------------------------------------------------------------- one writer
@@ -72,7 +74,8 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, f"{os.getpid()}\n".encode(), 0)
         for leftover in run_dir.glob(".tmp-*"):  # of a process killed while it wrote
-            leftover.unlink()
+            with suppress(OSError):  # a read-only directory, or a stranger's: the first file written will tell
+                leftover.unlink()
         yield
     finally:
         lock.close()
@@ -115,15 +118,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object, or None where there is no such file.
 
     Raises:
-        RunExistsError: the file cannot be read or is not a JSON object.
+        RunExistsError: the file cannot be read, or is not a JSON object of reasonable size.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_JSON_BYTES:  # a pipe would keep us waiting
+            raise RunExistsError(f"{path}: not a file of ours; mend or delete it, or choose --out elsewhere")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RunExistsError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunExistsError(f"{path}: not JSON ({error}); mend or delete it, or choose --out elsewhere") from None
     if not isinstance(value, dict):
         raise RunExistsError(f"{path}: expected a JSON object; mend or delete it, or choose --out elsewhere")

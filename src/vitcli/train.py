@@ -1,11 +1,13 @@
 """`pretrain`, `finetune` and `eval`: from files and words to a resolved config, sources and starting weights, for one `fit`."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from vitcli.checkpoint import Pretrained, latest_checkpoint, load_weights_file
 from vitcli.config import Config, Section
@@ -13,7 +15,8 @@ from vitcli.config_file import LENGTHS, dump_config, read_config, stored_config
 from vitcli.data.loader import choose_workers
 from vitcli.data.sources import open_source
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
-from vitcli.errors import ConfigError, DataError, RunExistsError
+from vitcli.distributed import Ranks, process_group
+from vitcli.errors import ConfigError, DataError, RunExistsError, UserError
 from vitcli.evaluate import map_classes
 from vitcli.fit import Job, evaluate_source, fit, load_start
 from vitcli.interrupts import StopSignals
@@ -27,6 +30,7 @@ from vitcli.weights import load_weights
 __all__ = ["evaluate_checkpoint", "finetune", "pretrain"]
 
 Say = Callable[[str], None]
+Value = TypeVar("Value")
 CONFIG, MANIFEST, SUMMARY = "config.yaml", "manifest.json", "summary.json"
 
 
@@ -132,18 +136,47 @@ def run_name(weights: Path) -> str:
 
 
 def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | None, dry_run: bool, say: Say) -> None:
-    """Carry a config out: refuse, report or resume an existing run directory, else start a new one."""
+    """Carry a config out, in this process or in all that torchrun started: refuse, report, resume, or start a new run."""
+    keep_freed_memory()
+    device_type = choose_device(config.train.device).type
+    with process_group(device_type=device_type, timeout_seconds=config.train.timeout_seconds) as ranks:
+        carry_out(config, start=start, recipe=recipe, dry_run=dry_run, say=say if ranks.main else say_nothing, ranks=ranks)
+
+
+def say_nothing(text: str) -> None:
+    """Leave it to the main process."""
+
+
+def on_main(ranks: Ranks, do: Callable[[], Value]) -> Value:
+    """Return on every rank what `do` returns on the main one, or raise what it raises."""
+    value, problem = None, None
+    if ranks.main:
+        try:
+            value = do()
+        except UserError as error:
+            problem = error
+    ranks.agree(problem)
+    return cast(Value, ranks.broadcast(value))
+
+
+def carry_out(
+    config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | None, dry_run: bool, say: Say, ranks: Ranks
+) -> None:
+    """Do as `run`, once it is known who takes part."""
     assert config.out is not None
     out = config.out
-    keep_freed_memory()
     if config.train.freeze_backbone and start is None:
         raise ConfigError("train.freeze_backbone keeps random weights when nothing is loaded; give a checkpoint, or drop it")
-    if out.exists() and not out.is_dir():
-        raise RunExistsError(f"{out}: this is a file, expected a directory for the run; choose another --out")
-    refuse_other(out, config)
-    summary = read_json(out / SUMMARY)
+
+    def look() -> dict[str, Any] | None:
+        if out.exists() and not out.is_dir():
+            raise RunExistsError(f"{out}: this is a file, expected a directory for the run; choose another --out")
+        refuse_other(out, config)
+        return read_json(out / SUMMARY)
+
+    summary = on_main(ranks, look)
     if dry_run:
-        job = prepare(config, start=start)
+        job = prepare(config, start=start, ranks=ranks)
         checkpoint = latest_checkpoint(out, say=say)
         origin = "scratch"
         if start is not None:
@@ -157,9 +190,9 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
         say(f"{out} is finished: {headline(summary)}; nothing to do (another --out starts a new run)")
         return
     stop = StopSignals()
-    with stop.installed(), lock_run(out):
-        job = prepare(config, start=start)
-        if not begun(out):
+    with stop.installed(), lock_run(out) if ranks.main else nullcontext():
+        job = prepare(config, start=start, ranks=ranks)
+        if ranks.main and not begun(out):
             if (out / MANIFEST).exists():
                 say(f"{out}: no checkpoint of an earlier start here, so this one begins at the first step")
             origin = "scratch" if start is None else str(start.source_path)
@@ -174,7 +207,8 @@ def run(config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | No
             "train_seconds": round(seconds, 1),
             **result.as_dict(job.train_source.classes),
         }
-        write_json(out / SUMMARY, summary)
+        if ranks.main:
+            write_json(out / SUMMARY, summary)
     say(f"finished: {headline(summary)}")
     quoted, root = shlex.quote(str(out)), config.data.root
     data_root = f" --data-root {shlex.quote(str(root))}" if root else ""
@@ -235,8 +269,21 @@ def value_at(tree: Any, key: str) -> Any:
     return tree
 
 
-def prepare(config: Config, *, start: Pretrained | None) -> Job:
-    """Open the data and settle every choice; a run that has begun keeps the choices it made."""
+def prepare(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job:
+    """Open the data and settle every choice, which the main process does for all."""
+    settled: list[Job] = []
+
+    def settle() -> Config:
+        settled.append(settle_job(config, start=start, ranks=ranks))
+        return settled[0].config
+
+    agreed = on_main(ranks, settle)
+    # the others come second: the first one to open a source may have to download, decode or index it
+    return settled[0] if ranks.main else settle_job(agreed, start=start, ranks=ranks)
+
+
+def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job:
+    """Open the data and settle every choice that is still open; a run that has begun keeps the choices it made."""
     assert config.out is not None
     device = choose_device(config.train.device)
     train_source = open_source(config.data.source, split="train", data=config.data)
@@ -263,13 +310,23 @@ def prepare(config: Config, *, start: Pretrained | None) -> Job:
                 "bring them back, or choose another --out"
             )
     else:
-        config = resolve(config, train_examples=len(train_source), val_examples=len(val_source), device=device)
-    workers = config.data.workers if config.data.workers is not None else choose_workers(train_source, device.type)
+        config = resolve(
+            config, train_examples=len(train_source), val_examples=len(val_source), device=device, ranks=ranks.ranks
+        )
+    workers = config.data.workers
+    if workers is None:
+        together = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.ranks > 1 else 1
+        workers = choose_workers(train_source, device.type, processes=together)
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     plan = build_plan(
-        config, num_classes=num_classes, train_examples=len(train_source), val_examples=len(val_source), device=device
+        config,
+        num_classes=num_classes,
+        train_examples=len(train_source),
+        val_examples=len(val_source),
+        device=device,
+        ranks=ranks,
     )
-    return Job(config, plan, train_source, val_source, start, val_classes)
+    return Job(config, plan, train_source, val_source, start, val_classes, ranks)
 
 
 # ---------------------------------------------------------------- without training

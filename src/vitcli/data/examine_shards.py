@@ -168,8 +168,13 @@ def unsafe_members(shard: BinaryIO, url: str, members: Sequence[Member], *, whol
     if not gap and (not whole or not any(shard.read(TAR_BLOCK))):
         return findings
     shard.seek(0)
-    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(fileobj=shard, mode="r:") as tar:
+    # The rest of a damaged file is not worth more than this reader, which raises many errors of its own, makes of it.
+    with contextlib.suppress(Exception), tarfile.open(fileobj=shard, mode="r:") as tar:
+        read_to = -1
         for entry in tar:
+            if entry.offset <= read_to:  # a negative size leads it back, for ever
+                break
+            read_to = entry.offset
             if entry.issym() or entry.islnk():
                 findings.append(
                     Finding("unsafe-member", f"{url}:{printable(entry.name)}", f"a link to {printable(entry.linkname)}")

@@ -8,7 +8,7 @@ library with the same settings, gives the same pixels, reads everything else, an
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import simplejpeg
@@ -24,7 +24,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 # What these suffixes stand for, whatever a file is called: Pillow knows formats that start other programs to be read (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-MAX_PIXELS = 300_000_000  # 1.2 GB in Pillow's memory; twice the largest cameras, while a bomb's header claims billions
+MAX_PIXELS = 300_000_000  # 2.1 GB while it is decoded; twice the largest cameras, while a bomb's header claims billions
+BAND_PIXELS = 1 << 20  # converted at a time: the steps in between take up to 24 bytes for a pixel
 # The limit above is checked on every header. Pillow's own would warn, at 89 megapixels, before it raises.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -37,6 +38,15 @@ UPRIGHT = {  # EXIF orientation: what turns the stored picture upright
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+UNTURNED: dict[Image.Transpose, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {  # views of a picture as it was before
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda upright: upright[:, ::-1],
+    Image.Transpose.ROTATE_180: lambda upright: upright[::-1, ::-1],
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda upright: upright[::-1],
+    Image.Transpose.TRANSPOSE: lambda upright: upright.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda upright: np.rot90(upright),
+    Image.Transpose.TRANSVERSE: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
+    Image.Transpose.ROTATE_90: lambda upright: np.rot90(upright, -1),
 }
 SIDEWAYS = (5, 6, 7, 8)  # rows become columns
 ENDS_LEFT = (2, 3, 6, 7)  # the stored picture's end, right or bottom, comes to lie at the left
@@ -130,8 +140,7 @@ class EncodedImage:
             if shrink > 1:
                 file.draft(None, (file.width // shrink, file.height // shrink))
             file.load()
-            turn = UPRIGHT.get(self._orientation)
-            return np.array(as_rgb(file if turn is None else file.transpose(turn)))
+            return rgb_pixels(file, UPRIGHT.get(self._orientation))
         except Exception as error:
             raise ImageError(reason_of(error)) from error
 
@@ -189,8 +198,20 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     Raises:
         ValueError: the pixels are floating point numbers, whose range the file does not tell.
     """
-    turn = UPRIGHT.get(orientation(image))
-    return np.array(as_rgb(image if turn is None else image.transpose(turn)))
+    return rgb_pixels(image, UPRIGHT.get(orientation(image)))
+
+
+def rgb_pixels(image: Image.Image, turn: Image.Transpose | None) -> NDArray[np.uint8]:
+    """Convert to uint8 (H, W, 3) and turn, large images band by band: less than half of the memory, and the same pixels."""
+    width, height = image.size
+    if width * height <= BAND_PIXELS:
+        return np.array(as_rgb(image if turn is None else image.transpose(turn)))
+    pixels = np.empty((width, height, 3) if turn in map(UPRIGHT.get, SIDEWAYS) else (height, width, 3), np.uint8)
+    stored = pixels if turn is None else UNTURNED[turn](pixels)  # a view of it that lies as the file does
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        stored[top : top + rows] = np.asarray(as_rgb(image.crop((0, top, width, min(top + rows, height)))))
+    return pixels
 
 
 def decode(data: bytes, *, where: str) -> NDArray[np.uint8]:

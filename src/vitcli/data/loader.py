@@ -73,6 +73,7 @@ def train_batches(
     warn: Callable[[str], object] = warnings.warn,
     rank: int = 0,
     ranks: int = 1,
+    batch_of_step: Callable[[int], int] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield the micro-batches of steps start_step to total_steps - 1 in order, ceil(batch / micro) per step.
 
@@ -85,6 +86,7 @@ def train_batches(
         skip_limit: how many different examples may be skipped, counted from `start_step`, by each rank for itself.
         warn: is told of every example skipped, once, in this process.
         rank, ranks: take this contiguous share of every micro-batch; shares differ by one example at most and may be empty.
+        batch_of_step: the number of the batch that a step sees, where that is not the step's own; for runs that left some out.
 
     Raises:
         DataError: an example cannot be read, or more than may be skipped; raised here wherever it was met.
@@ -92,14 +94,14 @@ def train_batches(
     maker = TrainBatchMaker(
         source, transform, Planned(order), batch_size, micro_batch_size, seed, rank, ranks, on_error == "skip", skip_limit
     )
-    keys = StepParts(start_step, total_steps, -(-batch_size // micro_batch_size))
+    keys = StepParts(start_step, total_steps, -(-batch_size // micro_batch_size), batch_of_step)
     made = stream(maker, keys, workers=workers, pin_memory=pin_memory)
     return account(made, source, limit=skip_limit, say=lambda text: warn(f"another image takes the place of one {text}"))
 
 
 @dataclass(frozen=True)
 class TrainBatchMaker:
-    """Make this rank's share of micro-batch (step, part)."""
+    """Make this rank's share of micro-batch (batch, part)."""
 
     source: Source
     transform: TrainTransform
@@ -113,8 +115,8 @@ class TrainBatchMaker:
     skip_limit: int
 
     def __call__(self, key: tuple[int, int]) -> Made:
-        step, part = key
-        first = step * self.batch_size
+        number, part = key
+        first = number * self.batch_size
         start = first + part * self.micro_batch_size
         stop = min(start + self.micro_batch_size, first + self.batch_size)
         if self.source.remote and self.source.encoded:
@@ -189,12 +191,15 @@ def replacement(index: int, attempt: int, size: int) -> int:
 
 
 class StepParts(Sequence[tuple[int, int]]):
-    """The keys (step, part) of a run in order, without storing them."""
+    """The keys (batch, part) of a run's steps in order, without storing them."""
 
-    def __init__(self, start_step: int, total_steps: int, parts: int) -> None:
+    def __init__(
+        self, start_step: int, total_steps: int, parts: int, batch_of_step: Callable[[int], int] | None = None
+    ) -> None:
         self.start_step = start_step
         self.total_steps = total_steps
         self.parts = parts
+        self.batch_of_step = batch_of_step
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step) * self.parts
@@ -202,7 +207,8 @@ class StepParts(Sequence[tuple[int, int]]):
     def __getitem__(self, position: Any) -> Any:
         if not 0 <= position < len(self):
             raise IndexError(position)
-        return self.start_step + position // self.parts, position % self.parts
+        step = self.start_step + position // self.parts
+        return step if self.batch_of_step is None else self.batch_of_step(step), position % self.parts
 
 
 # ---------------------------------------------------------------- evaluation
@@ -227,17 +233,20 @@ def eval_batches(
     and at the end `warn` is told how many of how many were left out.
 
     Args:
-        rank, ranks: yield this contiguous share of the source; every example is in exactly one of them.
+        rank, ranks: yield this contiguous share of the batches; each is one of those of a single rank, so that a model's
+            rounding, which depends on what lies in a batch, is the same.
     """
-    mine = share(0, len(source), rank, ranks)
-    maker = EvalBatchMaker(source, transform, batch_size, mine.stop, on_error == "skip", skip_limit)
-    made = stream(maker, range(mine.start, mine.stop, batch_size), workers=workers, pin_memory=pin_memory)
+    starts = range(0, len(source), batch_size)
+    mine = share(0, len(starts), rank, ranks)
+    maker = EvalBatchMaker(source, transform, batch_size, on_error == "skip", skip_limit)
+    made = stream(maker, starts[mine.start : mine.stop], workers=workers, pin_memory=pin_memory)
+    images = min(mine.stop * batch_size, len(source)) - min(mine.start * batch_size, len(source))
 
     def say(text: str) -> None:
         warn(f"evaluation leaves out an image {text}")
 
     def finish(left_out: int) -> None:
-        warn(f"{source.name}: evaluated without {left_out:,} of {len(mine):,} images, which cannot be read")
+        warn(f"{source.name}: evaluated without {left_out:,} of {images:,} images, which cannot be read")
 
     return account(made, source, limit=skip_limit, say=say, finish=finish)
 
@@ -249,12 +258,11 @@ class EvalBatchMaker:
     source: Source
     transform: EvalTransform
     batch_size: int
-    stop: int
     skip: bool
     skip_limit: int
 
     def __call__(self, start: int) -> Made:
-        indices = np.arange(start, min(start + self.batch_size, self.stop))
+        indices = np.arange(start, min(start + self.batch_size, len(self.source)))
         try:
             return Made(self.prepare(indices), [])
         except DataError:
@@ -284,12 +292,16 @@ class EvalBatchMaker:
 # ---------------------------------------------------------------- both
 
 
-def choose_workers(source: Source, device_type: str) -> int:
-    """Return how many loader processes suit: none where images come as arrays and the model needs the cores itself."""
+def choose_workers(source: Source, device_type: str, *, processes: int = 1) -> int:
+    """Return how many loader processes suit: none where images come as arrays and the model needs the cores itself.
+
+    Args:
+        processes: training on this machine, which share its cores.
+    """
     if source.uniform and device_type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores)
+    return min(MOST_WORKERS, max(1, cores // processes))
 
 
 def share(start: int, stop: int, rank: int, ranks: int) -> range:

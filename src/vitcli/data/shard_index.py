@@ -8,7 +8,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -18,13 +18,16 @@ from vitcli.data.tar import BLOCK
 
 __all__ = ["IndexWriter", "ShardIndex", "Stat"]
 
-COLUMNS = {"offsets": np.int64, "sizes": np.int32, "gaps": np.uint16, "labels": np.int32}  # (N,) each, as in Part
+# (N,) each, as in Part
+COLUMNS: dict[str, type[np.generic]] = {"offsets": np.int64, "sizes": np.int32, "gaps": np.uint16, "labels": np.int32}
 
 Stat = tuple[int, str]  # a shard's bytes, and a text that changes with its content
 
 
 class ShardIndex:
     """The images of a set of shards; arrays are mapped again, not copied, where an index is unpickled.
+
+    An index may have come with the shards, so what it says is checked as far as a wrong place or label could go unnoticed.
 
     Raises:
         OSError, ValueError, KeyError: it is not there, or damaged.
@@ -33,28 +36,36 @@ class ShardIndex:
     def __init__(self, folder: Path, urls: Sequence[str]) -> None:
         self.folder = folder
         self.urls = list(urls)
-        stored = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        stored = read_description(folder / "index.json")
         self.stats: list[Stat] = [(size, stamp) for size, stamp in stored["stats"]]
         self.names: list[str] = stored["names"]  # of the shards, as the index knows them
         self.listed: list[str] | None = stored["listed"]  # the class list it was made with
         self.named: bool = stored["named"]  # whether labels are class names, not numbers
-        self.classes: list[str] = stored["classes"] or [str(number) for number in range(stored["num_classes"])]
         self.fingerprint: str = stored["fingerprint"]  # of names, sizes and labels
-        self.starts: NDArray[np.int64] = np.load(folder / "starts.npy", allow_pickle=False)  # (shards + 1,)
-        self.counts: NDArray[np.int64] = np.load(folder / "counts.npy", allow_pickle=False)  # (K,) images by class
+        self.starts: NDArray[np.int64] = np.array(map_array(folder / "starts.npy", np.int64))  # (shards + 1,)
+        self.counts: NDArray[np.int64] = np.array(map_array(folder / "counts.npy", np.int64))  # (K,) images by class
         self.boundaries: list[int] = self.starts.tolist()
         self.map_columns()
-        lengths = {len(getattr(self, name)) for name in COLUMNS}
-        if lengths != {self.boundaries[-1]} or len(self.boundaries) != len(self.urls) + 1:
+        if not len(self.stats) == len(self.names) == len(self.urls) == len(self.boundaries) - 1:
+            raise ValueError("not one name, size and place for each shard")
+        if {len(getattr(self, name)) for name in COLUMNS} != {self.boundaries[-1]}:
             raise ValueError("arrays of different lengths")
+        num_classes = stored["num_classes"] if stored["classes"] is None else len(stored["classes"])
+        if num_classes != len(self.counts):
+            raise ValueError("not one count for each class")
+        self.classes: list[str] = stored["classes"] or [str(number) for number in range(num_classes)]
+        if self.boundaries[0] != 0 or (np.diff(self.starts) < 0).any() or int(self.counts.sum()) != len(self):
+            raise ValueError("counts that contradict one another")
+        if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < num_classes:
+            raise ValueError("labels that are no class")
 
     def map_columns(self) -> None:
         """Map the arrays of all images."""
-        columns = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS}
-        self.offsets: NDArray[np.int64] = columns["offsets"].view(np.ndarray)
-        self.sizes: NDArray[np.int32] = columns["sizes"].view(np.ndarray)
-        self.gaps: NDArray[np.uint16] = columns["gaps"].view(np.ndarray)
-        self.labels: NDArray[np.int32] = columns["labels"].view(np.ndarray)
+        columns = {name: map_array(self.folder / f"{name}.npy", dtype) for name, dtype in COLUMNS.items()}
+        self.offsets: NDArray[np.int64] = columns["offsets"]
+        self.sizes: NDArray[np.int32] = columns["sizes"]
+        self.gaps: NDArray[np.uint16] = columns["gaps"]
+        self.labels: NDArray[np.int32] = columns["labels"]
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name not in COLUMNS}
@@ -82,6 +93,42 @@ class ShardIndex:
             used, places = np.unique(labels, return_inverse=True)
             labels, names = -1 - places, [self.classes[label] for label in used.tolist()]
         return Part(self.offsets[here], self.sizes[here], self.gaps[here], labels, names)
+
+
+def map_array(file: Path, dtype: type[np.generic]) -> NDArray[Any]:
+    """Map a .npy file of one dimension; raise ValueError, or OSError, if it is anything else."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # numpy evaluates the header's literal and lets through what that raises
+        raise ValueError(f"{file.name}: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+        raise ValueError(f"{file.name}: expected one dimension of {dtype.__name__}")
+    return array.view(np.ndarray)
+
+
+def read_description(file: Path) -> dict[str, Any]:
+    """Read index.json; raise ValueError, KeyError or OSError if it is not what `IndexWriter` writes."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(stored, dict) or not isinstance(stored["named"], bool) or not isinstance(stored["fingerprint"], str):
+        raise ValueError("not an index's description")
+    for key, optional in (("names", False), ("listed", True), ("classes", True)):
+        if not (is_texts(stored[key]) or (optional and stored[key] is None)):
+            raise ValueError(f"{key} is no list of texts")
+    if type(stored["num_classes"]) is not int or not isinstance(stored["stats"], list):
+        raise ValueError("no number of classes, or no shards")
+    for stat in stored["stats"]:
+        if not isinstance(stat, list) or [type(each) for each in stat] != [int, str]:
+            raise ValueError("a shard without a size and a time stamp")
+    return stored
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 class IndexWriter:

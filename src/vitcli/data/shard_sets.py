@@ -6,8 +6,10 @@ names. Where no evaluation split is known, a part of each class is held out (see
 
 import glob
 import json
+import math
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from braceexpand import braceexpand
 
 from vitcli.data.folders import EVALUATION_FOLDERS, Split
 from vitcli.data.remote import is_remote, list_remote, read_if_there
+from vitcli.data.tar import printable
 from vitcli.errors import DataError
 
 __all__ = ["SetInfo", "ShardChoice", "choose_shards", "expand_shards", "folder_of", "read_set_info", "spelt_alike"]
@@ -24,6 +27,13 @@ INFO = "_info.json"
 CLASS_LISTS = ("classnames.txt", "classes.txt")  # or a list in _info.json, under one of:
 CLASS_KEYS = ("classes", "classnames", "class_names")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+MOST_SHARDS = 2_000_000  # names of one set; a few braces can stand for more than memory holds
+DEEPEST_BRACES = 10
+LARGEST_INFO = 64 << 20  # bytes of `_info.json` or a class list
+INT_RANGE = re.compile(r"(-?\d{1,19})\.\.(-?\d{1,19})(?:\.\.-?(\d{1,19}))?")
+LETTER_RANGE = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udbff]")  # control characters, and what no file name can hold
 
 
 @dataclass(frozen=True)
@@ -69,20 +79,81 @@ def expand_shards(pattern: str) -> list[str]:
     """
     parts = pattern.split("::")
     if len(parts) > 1 and all(part.rstrip("}").endswith(".tar") for part in parts):  # not fsspec's chained URLs
-        urls = [url for part in parts for url in expand_shards(part)]
+        urls = []
+        for part in parts:
+            urls += expand_shards(part)
+            check_number(len(urls), pattern)
     elif (folder := as_folder(pattern)) is not None:
         info = read_set_info(folder)
         urls = list(dict.fromkeys(url for listed in info.splits.values() for url in listed)) or tars_in(folder)
     else:
-        try:
-            braced = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
-        except ValueError as error:
-            raise DataError(f"{pattern}: a brace is not closed; expected such as train-{{0000..0127}}.tar") from error
+        braced = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
         urls = [url for one in braced for url in expand_glob(plain_path(one))]
     most, times = Counter(urls).most_common(1)[0]
     if times > 1:
         raise DataError(f"{pattern}: names {most} more than once, so its images would count more than once")
     return urls
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that {0000..0127} and {a,b} stand for. Raises DataError: malformed, or too many of them."""
+    depth = deepest = 0
+    for letter in pattern:
+        depth += (letter == "{") - (letter == "}")
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST_BRACES:
+        raise DataError(f"{shown(pattern)}: braces in braces {deepest} deep; expected such as train-{{0000..0127}}.tar")
+    try:
+        check_number(count_braced(pattern), pattern)
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"{shown(pattern)}: a brace is not closed; expected such as train-{{0000..0127}}.tar") from error
+
+
+def check_number(shards: int, pattern: str) -> None:
+    if shards > MOST_SHARDS:
+        raise DataError(f"{shown(pattern)}: stands for {shards:,} shards; expected at most {MOST_SHARDS:,}")
+
+
+def count_braced(pattern: str) -> int:
+    """Count the names that `braceexpand` would make: braces multiply."""
+    return math.prod(count_choices(inside) for inside in split_braces(pattern, opens="{"))
+
+
+def count_choices(inside: str) -> int:
+    """Count what one pair of braces stands for: commas add."""
+    if (found := INT_RANGE.fullmatch(inside)) is not None:
+        low, high, step = found.groups()
+        return abs(int(high) - int(low)) // (int(step or 1) or 1) + 1
+    if LETTER_RANGE.fullmatch(inside) is not None:
+        return 52
+    return sum(map(count_braced, split_braces(inside, opens="")))
+
+
+def split_braces(text: str, *, opens: str) -> list[str]:
+    """Return the insides of the outermost braces, or with nothing that `opens` the parts between the commas outside of any."""
+    parts, start, depth, position = list[str](), 0, 0, 0
+    while position < len(text):
+        letter = text[position]
+        if letter == "\\":  # an escaped brace or comma
+            position += 1
+        elif letter == "{":
+            depth += 1
+            start = position + 1 if opens and depth == 1 else start
+        elif letter == "}":
+            depth -= 1
+            if opens and depth == 0:
+                parts.append(text[start:position])
+        elif letter == "," and depth == 0 and not opens:
+            parts.append(text[start:position])
+            start = position + 1
+        position += 1
+    return parts if opens else [*parts, text[start:]]
+
+
+def shown(pattern: str) -> str:
+    """Return a pattern for a message: one line, not endless."""
+    return printable(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
 
 
 def plain_path(url: str) -> str:
@@ -235,24 +306,32 @@ def read_set_info(folder: str) -> SetInfo:
         try:
             content = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: this is not JSON ({error}); mend or remove it") from error
+            raise DataError(f"{where}: this is not JSON ({shown(str(error))}); mend or remove it") from error
     stated = content if isinstance(content, dict) else {}
     splits: dict[str, list[str]] = {}
     lengths: dict[str, int] = {}
     totals: dict[str, int] = {}
     listed = stated.get("splits", {})
     for name, entry in listed.items() if isinstance(listed, dict) else ():
+        split = f"{where}: split {shown(name)}"
         if not isinstance(entry, dict):
-            raise DataError(f"{where}: split {name} is not a table with `filenames`; mend or remove it")
+            raise DataError(f"{split} is not a table with `filenames`; mend or remove it")
         names = entry.get("filenames", entry.get("filename"))
-        names = list(braceexpand(names)) if isinstance(names, str) else names
+        try:
+            names = expand_braces(names) if isinstance(names, str) else names
+        except DataError as error:
+            raise DataError(f"{split}: {error}") from error
         counts = entry.get("shard_lengths")
         if not isinstance(names, list) or not names or not all(isinstance(one, str) for one in names):
-            raise DataError(f"{where}: split {name} has no list of `filenames`; mend or remove it")
+            raise DataError(f"{split} has no list of `filenames`; mend or remove it")
+        unfit = next((one for one in names if not one or NO_NAME.search(one)), None)
+        if unfit is not None:
+            raise DataError(f"{split}: {shown(unfit)!r} is no file's name; mend or remove it")
         splits[name] = [join(folder, one) for one in names]
+        check_number(sum(map(len, splits.values())), where)
         if counts is not None:
             if not isinstance(counts, list) or len(counts) != len(names) or not all(isinstance(one, int) for one in counts):
-                raise DataError(f"{where}: split {name} needs one number of `shard_lengths` for each of its {len(names)} files")
+                raise DataError(f"{split} needs one number of `shard_lengths` for each of its {len(names)} files")
             lengths.update(zip(splits[name], counts))
         if isinstance(entry.get("num_samples"), int):
             totals[name] = entry["num_samples"]
@@ -276,16 +355,20 @@ def read_classes(folder: str, stated: dict[str, object], info: str) -> tuple[lis
             raise DataError(
                 f"{where}: line {empty or 1} is empty; expected the name of class {(empty or 1) - 1}, one class a line"
             )
-        return distinct([line.partition("\t")[0].strip() for line in lines]), where  # what follows a tab describes the class
+        names = [line.partition("\t")[0].strip() for line in lines]  # what follows a tab describes the class
+        return distinct(names, where), where
     for key in CLASS_KEYS:
         found = stated.get(key)
         if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
-            return distinct(found), info
+            return distinct(found, info), info
     return None, ""
 
 
-def distinct(names: list[str]) -> list[str]:
-    """Tell classes of equal name apart by their number, as ImageNet's two cranes."""
+def distinct(names: list[str], where: str) -> list[str]:
+    """Tell classes of equal name apart by their number, as ImageNet's two cranes. Raises DataError: not text to be printed."""
+    unfit = next((number for number, name in enumerate(names) if NO_TEXT.search(name)), None)
+    if unfit is not None:
+        raise DataError(f"{where}: class {unfit}, {shown(names[unfit])}, has control characters in its name; mend it")
     times = Counter(names)
     return [f"{name} ({number})" if times[name] > 1 else name for number, name in enumerate(names)]
 
@@ -294,9 +377,17 @@ def read_beside(where: str) -> bytes | None:
     if is_remote(where):
         return read_if_there(where)
     try:
-        with open(where, "rb") as file:
-            return file.read()
+        with open(where, "rb", opener=without_waiting) as file:
+            content = file.read(LARGEST_INFO + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(f"{where}: cannot read this file: {error.strerror}") from error
+    if content is None or len(content) > LARGEST_INFO:
+        raise DataError(f"{where}: expected a file of at most {LARGEST_INFO:,} bytes; mend or remove it")
+    return content
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file that may turn out to be a pipe, which would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)

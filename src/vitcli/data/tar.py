@@ -16,9 +16,11 @@ __all__ = ["Member", "iter_members", "name_at", "printable"]
 
 BLOCK = 512
 END = bytes(BLOCK)
-LONGEST_HEADER = 1 << 20  # bytes of a long name or of pax records; more is damage
+LONGEST_HEADER = 1 << 20  # bytes before a member's content, long names and pax records included; more is damage
+LONGEST_NAME = 4096  # characters in a message; Linux allows no longer path
 REGULAR = (b"0", b"\0", b"7")
 WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes
+SPARSE = b"GNU.sparse."  # of pax records
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 ReadAt = Callable[[int, int], bytes]  # (size, position) to bytes, fewer at the end of the file
@@ -96,8 +98,8 @@ def read_members(read_at: ReadAt, size: int, *, where: str, start: int = 0) -> I
                 raise ValueError("no header here")
             kind, length = block[156:157], number(block[124:136])
             if kind in (b"L", b"K", b"x", b"g", b"X"):
-                if length > LONGEST_HEADER:
-                    raise ValueError(f"a header of {length:,} bytes")
+                if position - head + length > LONGEST_HEADER:
+                    raise ValueError(f"headers of {position - head + length:,} bytes")
                 content = read_at(length, position + BLOCK)
                 if len(content) < length:
                     raise DataError(
@@ -106,13 +108,13 @@ def read_members(read_at: ReadAt, size: int, *, where: str, start: int = 0) -> I
                 if kind == b"L":
                     extended["path"] = content.partition(b"\0")[0]
                 elif kind in (b"x", b"X"):
-                    extended.update(pax_records(content))
+                    extended.update(kept_records(content))
                 position += BLOCK + padded(length)
                 continue
-            if kind == b"S" or any(key.startswith("GNU.sparse.") for key in extended):
+            if kind == b"S" or any(key.startswith(SPARSE.decode()) for key in extended):
                 raise ValueError("a sparse file, which is not supported")
             if "size" in extended:
-                length = int(extended["size"])
+                length = decimal(extended["size"])
         except ValueError as error:
             raise DataError(f"{where}: damaged at byte {position:,}, after {last}: {error}; copy or write it again") from error
         name = member_name(block, extended)
@@ -147,10 +149,16 @@ def number(field: bytes) -> int:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
-    value = int(digits, 8) if digits else 0
-    if value < 0:
-        raise ValueError("a negative number in a header")
-    return value
+    if digits and not digits.isdigit():  # int() would take signs and underscores
+        raise ValueError(f"no number in a header, but {digits!r}")
+    return int(digits, 8) if digits else 0
+
+
+def decimal(digits: bytes) -> int:
+    """Read a number of a pax record: digits only, so never a negative one, which would lead back into what has been read."""
+    if not digits.isdigit() or len(digits) > 19:
+        raise ValueError(f"no number in pax records, but {digits[:20]!r}")
+    return int(digits)
 
 
 def padded(length: int) -> int:
@@ -158,17 +166,18 @@ def padded(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def pax_records(content: bytes) -> dict[str, bytes]:
-    """Read `LENGTH key=value` lines."""
+def kept_records(content: bytes) -> dict[str, bytes]:
+    """Read `LENGTH key=value` lines; return those that say where a member lies."""
     records: dict[str, bytes] = {}
     position = 0
     while position < len(content) and content[position]:
         digits, _, _ = content[position : position + 20].partition(b" ")
-        length = int(digits)
+        length = decimal(digits)
         if length <= len(digits) + 1:
             raise ValueError("damaged pax records")
         key, _, value = content[position + len(digits) + 1 : position + length - 1].partition(b"=")
-        records[key.decode("utf-8", "surrogateescape")] = value
+        if key in (b"path", b"size") or key.startswith(SPARSE):
+            records[key.decode("ascii", "replace")] = value
         position += length
     return records
 
@@ -185,6 +194,7 @@ def member_name(block: bytes, extended: dict[str, bytes]) -> str:
 
 def printable(name: str) -> str:
     """Return a name that keeps a message on one line, whatever it holds."""
+    name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
     return name if name.isprintable() else repr(name)[1:-1]
 
 

@@ -57,12 +57,21 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention (Eq. 5-8 in the paper's appendix A).
+def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
+    """Return softmax(q k^T / sqrt(D/A)) v, (B, A, Q, D/A), for Q queries and N keys and values.
 
-    Through `scaled_dot_product_attention` on every device: with the layout below it is within a tenth of a written-out
-    softmax(q k^T) v in float32 on a CPU (forward and backward, 17 to 197 tokens), without keeping (N, N) weights.
+    Through `scaled_dot_product_attention`, which keeps no (Q, N) weights, but for 16-bit numbers on a CPU: its kernel there is
+    3 to 6 times slower backward than the products written out, where the CPU multiplies bf16 by itself.
     """
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    with torch.autocast("cpu", enabled=False):  # which would take the softmax through float32
+        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)  # (B, A, Q, N)
+        return F.dropout(weights, dropout) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Eq. 5-8 in the paper's appendix A)."""
 
     def __init__(self, *, width: int, num_heads: int, attention_dropout: float) -> None:
         super().__init__()
@@ -71,14 +80,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D)."""
+    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
+        """Map (B, N, D) to (B, N, D); with `first_only` to the first token's row, (B, 1, D): it alone asks, all answer."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        # Taken apart on axis 2, the gradient is put together in the order `qkv` lies in memory: no transposing copy.
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, A, N, D/A) each
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
-        output: Tensor = self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        dropout = self.attention_dropout if self.training else 0.0
+        if first_only:
+            q = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width]).reshape(batch, 1, 1, self.num_heads, -1)
+            kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).reshape(batch, tokens, 2, self.num_heads, -1)
+            parts = [*q.unbind(2), *kv.unbind(2)]
+        else:
+            # Taken apart on axis 2, the gradient is put together in the order `qkv` lies in memory: no transposing copy.
+            parts = list(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).unbind(2))
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, A, N, D/A) each
+        x = attend(q, k, v, dropout=dropout)  # (B, A, N, D/A)
+        output: Tensor = self.proj(x.transpose(1, 2).reshape(batch, -1, width))
         return output
 
 
@@ -120,9 +135,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=layer_norm_eps)
         self.mlp = Mlp(width=width, mlp_dim=mlp_dim, dropout=dropout, gelu=gelu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D)."""
-        x = x + self.drop(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
+        """Map (B, N, D) to (B, N, D); with `first_only` to the first token's row, (B, 1, D), for about a sixth of the work."""
+        attended = self.attn(self.norm1(x), first_only)
+        x = (x[:, :1] if first_only else x) + self.drop(attended)
         output: Tensor = x + self.mlp(self.norm2(x))
         return output
 
@@ -182,6 +198,7 @@ class VisionTransformer(nn.Module):
         self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.num_prefix_tokens = 1 if pool == "token" else 0
         self.head_bias = head_bias
+        self.random = dropout > 0 or attention_dropout > 0  # in training
         patches = self.grid_size[0] * self.grid_size[1]
 
         self.patch_embed = PatchEmbed(patch_size=patch_size, width=width)
@@ -228,9 +245,12 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
         x = self.drop(x + self.pos_embed)  # Eq. 1
-        for block in self.blocks:
+        *blocks, last_block = self.blocks
+        for block in blocks:
             x = block(x)  # Eq. 2 and 3
-        # Eq. 4 reads one token, and the norm works token by token: the others need none.
+        # Eq. 4 reads one token, and nobody what the last block makes of the others: in training that is 10/12 of its products.
+        # With dropout at work they stay, for the sake of the random masks.
+        x = last_block(x, self.cls_token is not None and not (self.training and self.random))
         x = self.norm(x[:, 0]) if self.cls_token is not None else self.norm(x).mean(dim=1)  # (B, D)
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))  # (B, R)

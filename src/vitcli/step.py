@@ -1,0 +1,210 @@
+"""One update of the weights from one batch: forward and backward in portions, clip, step; unless a gradient is not finite.
+
+A step in several processes adds their gradients up, so its result does not depend on how many there are but for rounding.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitcli.config import Config
+from vitcli.data.loader import Batch
+from vitcli.data.transforms import mix_batch, normalise
+from vitcli.distributed import Engine, Ranks
+from vitcli.optim import clip_gradients, ema_update
+from vitcli.plan import lr_of_step
+from vitcli.randomness import derive_seed
+from vitcli.recovery import LossScale, Verdict, judge
+
+__all__ = ["Outcome", "State", "classification_loss", "is_out_of_memory", "soft_targets", "train_step"]
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SKIPPING = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # fused, on a GPU
+
+
+@dataclass
+class State:
+    """What changes while training, and so what a checkpoint holds: after `step` updates."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None
+    scale: LossScale | None  # of fp16
+    step: int
+    images_at_once: int  # through the model; smaller than a micro-batch where memory ran out
+    overlap: bool = False  # of computing gradients with summing them over the processes, where memory is known to suffice
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found; the numbers stay on the device until somebody asks."""
+
+    gradient_norm: Tensor  # before clipping, 0-d
+    seen: Tensor  # (parts, 3) loss x images, hits and images of each micro-batch of this process
+    verdict: Verdict | None  # None where it is the gradient norm's alone
+
+
+def train_step(
+    state: State,
+    parts: list[Batch],
+    *,
+    config: Config,
+    num_classes: int,
+    engine: Engine,
+    class_weights: Tensor | None,
+    sums: Tensor,
+    say: Callable[[str], object],
+) -> Outcome:
+    """Make one update from this process's share of a batch, and add to `sums`.
+
+    Where the norm is not finite, nothing but the step counter (and the loss scale of fp16) changes.
+
+    Args:
+        parts: micro-batches of images, uint8 (b, 3, H, W), and labels (b,); with the other processes' the step's batch.
+        num_classes: K.
+        class_weights: (K,) weights in the loss, or None for equal ones.
+        sums: (3,) loss x images, hits and images of the steps applied since the last log row.
+        say: is told when memory runs out and fewer images go through the model at once from then on.
+    """
+    optimizer, ranks = state.optimizer, engine.ranks
+    for group in optimizer.param_groups:
+        group["lr"] = lr_of_step(config, state.step)
+    state.model.train(not config.train.freeze_backbone)  # a frozen backbone must not drop what the head reads
+    while True:
+        problem = None
+        try:
+            seen = accumulate_gradients(
+                state, parts, config=config, num_classes=num_classes, engine=engine, class_weights=class_weights
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or state.overlap or engine.in_step or state.images_at_once == 1:
+                raise
+            problem = str(error)  # the exception itself would keep the activations alive
+        if state.overlap or not ranks.any(problem is not None):
+            break
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        state.images_at_once = -(-state.images_at_once // 2)
+        say(
+            f"out of memory in step {state.step + 1:,}: {state.images_at_once:,} images go through the model at once from now "
+            "on; batch and result are the same"
+        )
+    engine.reduce()
+    state.overlap = ranks.ranks > 1  # from now on gradients are summed over the processes while the last ones are computed
+    parameters = list(state.model.parameters())
+    if state.scale is not None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / state.scale.scale)
+    norm = clip_gradients(parameters, config.optim.grad_clip)
+    verdict = update(state, norm, seen, ranks=ranks, decay=config.train.ema_decay)
+    sums += torch.where(norm.isfinite(), seen.sum(0), 0.0)
+    state.step += 1
+    return Outcome(norm, seen, verdict)
+
+
+def accumulate_gradients(
+    state: State,
+    parts: list[Batch],
+    *,
+    config: Config,
+    num_classes: int,
+    engine: Engine,
+    class_weights: Tensor | None,
+) -> Tensor:
+    """Leave this process's part of the batch's gradient in the parameters; return `Outcome.seen`."""
+    train, device, rank = config.train, engine.device, engine.ranks.rank
+    # Each process draws its own dropout masks.
+    torch.manual_seed(derive_seed(config.seed, "dropout", state.step, *([rank] if rank else [])))
+    state.optimizer.zero_grad(set_to_none=True)
+    scale = 1.0 if state.scale is None else state.scale.scale
+    seen = torch.zeros(len(parts), 3, dtype=torch.float64, device=device)
+    for number, part in enumerate(parts):
+        labels = part["labels"].to(device, non_blocking=True)
+        inputs = normalise(part["images"].to(device, non_blocking=True), mean=config.data.mean, std=config.data.std)
+        targets = soft_targets(labels, num_classes=num_classes, label_smoothing=train.label_smoothing)
+        if (config.augment.mixup or config.augment.cutmix) and len(labels):
+            seed = derive_seed(config.seed, "mix", state.step, number)
+            inputs, targets = mix_batch(inputs, targets, seed=seed, mixup=config.augment.mixup, cutmix=config.augment.cutmix)
+        # Every process makes as many portions as the others, be its share smaller by one: some of them meet in each.
+        portions = -(-largest_share(config, number, engine.ranks) // state.images_at_once)
+        for position, (x, y) in enumerate(zip(inputs.tensor_split(portions), targets.tensor_split(portions), strict=True)):
+            if len(x) == 0:
+                engine.idle()
+                continue
+            last = number == len(parts) - 1 and position == portions - 1
+            with engine.accumulating(overlap=last and state.overlap):
+                with torch.autocast(device.type, AUTOCAST.get(train.precision), enabled=train.precision in AUTOCAST):
+                    logits = engine(x)  # (b, K)
+                loss = classification_loss(logits.float(), y, kind=train.loss, class_weights=class_weights)
+                (loss * (scale * len(x) / train.batch_size)).backward()
+            with torch.no_grad():
+                seen[number, 0] += loss.double() * len(x)
+                seen[number, 1] += (logits.argmax(1) == y.argmax(1)).sum()
+                seen[number, 2] += len(x)
+    return seen
+
+
+def update(state: State, norm: Tensor, seen: Tensor, *, ranks: Ranks, decay: float | None) -> Verdict | None:
+    """Change weights, optimiser, average and loss scale as the gradient norm allows; say what it was, where that is known."""
+    verdict: Verdict | None = None
+    if norm.is_cuda and state.scale is None and type(state.optimizer) in SKIPPING:
+        # These leave everything as it is where this number is 1, so nobody has to wait for it.
+        optimizer: Any = state.optimizer
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+    else:
+        verdict = "apply"
+        if not norm.isfinite():
+            loss_finite = not ranks.any(not seen.isfinite().all())
+            scale = 1.0 if state.scale is None else state.scale.scale
+            verdict = judge(loss_finite=loss_finite, gradient_finite=False, loss_scale=scale)
+        if state.scale is not None:
+            state.scale = state.scale.after(overflow=verdict != "apply")
+        if verdict != "apply":
+            return verdict
+        state.optimizer.step()
+    if state.ema is not None and decay is not None:
+        ema_update(state.ema, state.model, decay)
+    return verdict
+
+
+def largest_share(config: Config, number: int, ranks: Ranks) -> int:
+    """Return how many images of micro-batch `number` the process with most of them has."""
+    train = config.train
+    assert train.micro_batch_size is not None
+    together = train.micro_batch_size * ranks.ranks
+    return -(-min(together, train.batch_size - number * together) // ranks.ranks)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that the device, or the machine, has no more memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    )
+
+
+def soft_targets(labels: Tensor, *, num_classes: int, label_smoothing: float) -> Tensor:
+    """Turn labels (B,) into target distributions (B, K), with a share spread over all classes."""
+    targets = F.one_hot(labels, num_classes).float()
+    return targets * (1.0 - label_smoothing) + label_smoothing / num_classes if label_smoothing else targets
+
+
+def classification_loss(logits: Tensor, targets: Tensor, *, kind: str, class_weights: Tensor | None = None) -> Tensor:
+    """Return the batch's mean loss for logits and targets (B, K): cross-entropy, or the sum of K binary ones (big_vision).
+
+    With class weights (K,), an image counts as much as its target's classes do, in their shares; the mean stays one over B.
+    """
+    if kind == "sigmoid":
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)  # (B,)
+    elif class_weights is None:
+        return F.cross_entropy(logits, targets)
+    else:
+        losses = F.cross_entropy(logits, targets, reduction="none")  # (B,)
+    return losses.mean() if class_weights is None else (losses * (targets @ class_weights)).mean()

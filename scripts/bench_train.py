@@ -597,8 +597,10 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def compare(title: str, name: str, args: argparse.Namespace, *, evaluate: bool) -> dict[str, Any]:
-    """Choose each contender's setting, run the rounds, print a table and return everything."""
+def compare(
+    title: str, name: str, args: argparse.Namespace, *, evaluate: bool, earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Choose each contender's setting, run the rounds, print a table of these and earlier ones and return everything."""
     model, cores = MODELS[name], len(os.sched_getaffinity(0))
 
     def job(contender: str, setting: Setting, seconds: float) -> Job:
@@ -606,21 +608,26 @@ def compare(title: str, name: str, args: argparse.Namespace, *, evaluate: bool) 
 
     print(f"\n{title}", flush=True)
     chosen: dict[str, Setting] = {}
-    tried: dict[str, list[dict[str, Any]]] = {}
+    tried: dict[str, list[dict[str, Any]]] = earlier["tried"] if earlier else {}
     for contender in args.contenders:
         settings = settings_of(contender, cores, compiled=contender in args.compile, evaluate=evaluate)
-        if title in args.chosen and contender in args.chosen[title]:
-            settings = [Setting(**args.chosen[title][contender])]
+        if earlier and contender in earlier["settings"]:
+            settings = [Setting(**earlier["settings"][contender])]
         if len(settings) == 1:
             chosen[contender] = settings[0]
             continue
         rates = [(measure(job(contender, s, args.search_seconds), args)["images_per_second"], s) for s in settings]
         tried[contender] = [{**asdict(setting), "images_per_second": rate} for rate, setting in rates]
         chosen[contender] = max(rates, key=lambda pair: pair[0])[1]
-    found: dict[str, list[dict[str, Any]]] = {contender: [] for contender in [*args.contenders, "limit"]}
-    for _, contender in itertools.product(range(args.rounds), found):
+    found: dict[str, list[dict[str, Any]]] = {"limit": [], **{contender: [] for contender in args.contenders}}
+    for contender, rows in (earlier["measurements"] if earlier else {}).items():
+        found[contender] = rows
+        if earlier and contender in earlier["settings"]:
+            chosen[contender] = Setting(**earlier["settings"][contender])
+    for _, contender in itertools.product(range(args.rounds), [*args.contenders, "limit"]):
         found[contender].append(measure(job(contender, chosen.get(contender, Setting(threads=cores)), args.seconds), args))
-    peak = statistics.median(row["flops_per_second"] for row in found.pop("limit"))
+    limits = found.pop("limit")
+    peak = statistics.median(row["flops_per_second"] for row in limits)
     rates_of = {who: statistics.median(row["images_per_second"] for row in rows) for who, rows in found.items()}
     others = [rate for who, rate in rates_of.items() if who != "vit"]
     best = max(others, default=math.nan)
@@ -647,7 +654,7 @@ def compare(title: str, name: str, args: argparse.Namespace, *, evaluate: bool) 
         "limit_flops_per_second": peak,
         "settings": {who: asdict(setting) for who, setting in chosen.items()},
         "tried": tried,
-        "measurements": found,
+        "measurements": {**found, "limit": limits},
         "images_per_second": rates_of,
         "ratio": rates_of.get("vit", math.nan) / best,
         "share_of_limit": {who: rate * work / peak for who, rate in rates_of.items()},
@@ -667,9 +674,10 @@ def main() -> None:
     cli.add_argument("--seconds", type=float, default=8.0, help="for each measurement")
     cli.add_argument("--search-seconds", type=float, default=4.0, help="for each setting tried")
     cli.add_argument("--rounds", type=int, default=3)
-    cli.add_argument("--settings", type=Path, help="an earlier --json: take the settings chosen there")
     cli.add_argument("--launcher", default="", help="command put before each measurement's, say 'taskset -c 0,1'")
-    cli.add_argument("--json", type=Path, help="write all measurements here")
+    cli.add_argument(
+        "--json", type=Path, help="write all measurements here; a file that is there is added to, settings and all"
+    )
     args = cli.parse_args()
     if args.child:
         fields = json.loads(args.child)
@@ -678,8 +686,6 @@ def main() -> None:
         os._exit(0)  # loaders of the others may take long to end
     if args.data is None:
         cli.error("--data is missing")
-    earlier = json.loads(args.settings.read_text())["tasks"] if args.settings else []
-    args.chosen = {task["task"]: {who: s for who, s in task["settings"].items() if who != "vit"} for task in earlier}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     about = {
@@ -692,13 +698,15 @@ def main() -> None:
         "rounds": args.rounds,
     }
     print(f"{about['hardware']}; {args.precision}, batches of {args.batch_size}, {args.rounds} rounds of {args.seconds:g} s")
-    tasks = []
+    tasks: dict[str, dict[str, Any]] = {}
+    if args.json and args.json.exists():
+        tasks = {task["task"]: task for task in json.loads(args.json.read_text())["tasks"]}
     for name, what in itertools.product(args.models, args.what):
         model = MODELS[name]
         title = f"{what}: {name}, width {model.width}, depth {model.depth}, patch {model.patch} at {model.side} px"
-        tasks.append(compare(title, name, args, evaluate=what == "eval"))
+        tasks[title] = compare(title, name, args, evaluate=what == "eval", earlier=tasks.get(title))
         if args.json:
-            args.json.write_text(json.dumps({**about, "tasks": tasks}, indent=1) + "\n")
+            args.json.write_text(json.dumps({**about, "tasks": list(tasks.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -318,8 +318,8 @@ def estimate(
 
     if parallel == "ddp":
         # per micro-batch: weights to bf16 (4 + 2 bytes), gradients to float32 (2 + 4), added to those before (4 + 4 + 4)
-        passes = count * (chunks * (6 + 6) + (chunks - 1) * 12)
-        optimiser = count * (28 + 4)  # AdamW reads p, g, m, v and writes p, m, v; the norm reads g
+        passes = 1.0 * count * (chunks * (6 + 6) + (chunks - 1) * 12)
+        optimiser = 1.0 * count * (28 + 4)  # AdamW reads p, g, m, v and writes p, m, v; the norm reads g
         buckets = math.ceil(4 * count / BUCKET_BYTES)
         bucket = collective_seconds(gpu, "all_reduce", min(BUCKET_BYTES, 4 * count), ranks=ranks)
         communication = buckets * bucket

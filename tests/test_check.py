@@ -472,3 +472,10 @@ def test_linked_groups() -> None:
     pairs = np.array([[5, 9], [1, 2], [2, 7], [0, 9]])
     assert [group.tolist() for group in linked_groups(pairs, 12)] == [[0, 5, 9], [1, 2, 7]]
     assert linked_groups(np.empty((0, 2), np.int64), 12) == []
+
+
+def test_shards_that_are_not_there_are_no_damaged_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of these 3 shards is there"):
+        read_shards(
+            f"{tmp_path}/a-{{0..2}}.tar", splits=["train"], label_key="label", cache_dir=tmp_path, remote_cache_gib=1.0
+        )

@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from tests.harness import Attempt, Run, wait_until
 pytestmark = pytest.mark.slow
 
 SEED = 20261122
-STEPS, EVERY = 60, 5  # steps of a run, and between checkpoints
+STEPS, EVERY = 80, 5  # steps of a run, and between checkpoints
 CONFIG = f"""
 seed: 3
 model: {{patch_size: 8, width: 32, depth: 2, num_heads: 2, dropout: 0.1}}
@@ -33,6 +34,7 @@ optim: {{lr: 3e-3, weight_decay: 0.1}}
 train: {{steps: {STEPS}, batch_size: 24, micro_batch_size: 10, ema_decay: 0.9, precision: float32}}
 log: {{log_every_steps: 1, eval_every_steps: 20, checkpoint_every_steps: {EVERY}, keep_checkpoints: 3}}
 """
+FIRST_STEP = re.compile(rf"^step \d+/{STEPS} ", re.MULTILINE)
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json")
 
 
@@ -86,18 +88,22 @@ class Victim(Run):
         """Note that a fault has just ended, or been survived by, the run."""
         self.pending.append((fault, self.last_step()))
 
+    def saving(self) -> bool:
+        """Tell whether a checkpoint is being written."""
+        return any((self.out / "checkpoints").glob(".tmp-step_*"))
+
     def settle(self, attempt: Attempt) -> None:
         """Count the faults that a new start has overcome."""
         for fault, step in self.pending:
             self.tally.count(fault, repeated=max(0, step - attempt.resumed_at))
         self.pending.clear()
 
-    def go_on(self, step: int, *overrides: str, patch: str = "", environment: dict[str, str] | None = None) -> Attempt:
-        """Start and wait for a step that is logged anew."""
-        before = self.last_step()
-        attempt = self.start(*overrides, patch=patch, environment=environment)
-        wait_until(lambda: self.last_step() != before or self.last_step() >= step or not attempt.running(), "a first step")
+    def go_on(self, step: int, *overrides: str, **how: Any) -> Attempt:
+        """Start, and return after a step that is this one or later and was made now."""
+        attempt = self.start(*overrides, **how)
+        wait_until(lambda: FIRST_STEP.search(attempt.text()) or not attempt.running(), "a first step")
         self.wait_for(attempt, step)
+        assert attempt.running(), attempt.text()
         self.settle(attempt)
         return attempt
 
@@ -128,8 +134,8 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 
 def moments(chance: random.Random, times: int, *, first: int = 2) -> list[int]:
-    """Draw steps that leave the run something to do between them and after."""
-    return sorted(chance.sample(range(first, STEPS - 3), times))
+    """Draw steps, early enough for the run not to end before it is hurt."""
+    return sorted(chance.sample(range(first, STEPS - 20), times))
 
 
 def failed(attempt: Attempt, *said: str) -> None:
@@ -162,9 +168,7 @@ def test_sigkill_at_any_moment(victim: Victim, chance: random.Random) -> None:
 def test_sigkill_while_a_checkpoint_is_written(victim: Victim, chance: random.Random) -> None:
     for step in moments(chance, 4):
         attempt = victim.go_on(step)
-        checkpoints = victim.out / "checkpoints"
-        wait_until(lambda: list(checkpoints.glob(".tmp-step_*")) or not attempt.running(), "a checkpoint", pause=0.0)
-        assert attempt.running(), attempt.text()
+        wait_until(victim.saving, "a checkpoint", pause=0.0)
         time.sleep(chance.random() * 0.01)
         attempt.process.kill()
         attempt.end()
@@ -316,11 +320,7 @@ def obey_permissions() -> None:
 def test_a_read_only_run_directory(victim: Victim, chance: random.Random) -> None:
     folders: list[Callable[[], Path]] = [lambda: victim.out, lambda: victim.out / "checkpoints"]
     for folder, step in zip(2 * folders, moments(chance, 4, first=EVERY + 1)):
-        attempt = victim.start(before=obey_permissions)
-        before = victim.last_step()
-        wait_until(lambda: victim.last_step() not in (before, 0) or not attempt.running(), "a first step")
-        victim.wait_for(attempt, step)
-        victim.settle(attempt)
+        attempt = victim.go_on(step, before=obey_permissions)
         place = folder()
         place.chmod(0o555)
         try:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcli.lanes import Lanes, twin
+from vitcli.lanes import Lanes, choose_lanes, twin
 
 Portion = tuple[Tensor, Tensor]
 
@@ -94,3 +94,10 @@ def test_an_error_is_raised_and_threads_are_given_back(lanes: Lanes) -> None:
         lanes.run(work, range(6))
     assert torch.get_num_threads() == before
     assert lanes.run(work, [0, 1, 2]) == [0, 1, 2]
+
+
+def test_short_portions_are_not_worth_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert choose_lanes(flops_per_image=547_000_000, images=128) == 4
+    assert choose_lanes(flops_per_image=7_000_000, images=128) == 1
+    assert choose_lanes(flops_per_image=10**12, images=3) == 1

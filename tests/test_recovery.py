@@ -4,16 +4,19 @@ import errno
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vitcli import recovery
+from vitcli import recovery, retention
+from vitcli.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_of
 from vitcli.errors import RunExistsError, UserError
 from vitcli.recovery import (
     LossScale,
@@ -27,6 +30,7 @@ from vitcli.recovery import (
     read_rollbacks,
     store_batch,
 )
+from vitcli.retention import Keep, discard_after, prune
 
 # ---------------------------------------------------------------- one step
 
@@ -201,6 +205,120 @@ def test_a_kill_while_writing_leaves_the_old_ones(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"rollbacks\.json: cannot be written"):
         add_rollback(tmp_path, back_to=1, step=3, most=3, streak=2)
     assert read_rollbacks(tmp_path) == before
+
+
+# ---------------------------------------------------------------- a run in small
+
+
+class Killed(Exception):
+    pass
+
+
+class Run:
+    """A run whose weights are one number that tells every step and batch that made it, and where some batches are bad.
+
+    It saves every 10 steps and goes back as a training run should; an interrupted one saves where it stands, a killed one dies.
+    """
+
+    every, limit, most, steps = 10, 3, 9, 60
+
+    def __init__(self, directory: Path, bad: frozenset[int]) -> None:
+        self.directory, self.bad = directory, bad
+        self.dies_at: frozenset[tuple[str, int]] = frozenset()  # a place and how often it was passed
+        self.passed: dict[str, int] = {}
+
+    def place(self, name: str) -> bool:
+        """Note that a place is passed; say whether something is to happen there."""
+        self.passed[name] = self.passed.get(name, 0) + 1
+        return (name, self.passed[name]) in self.dies_at
+
+    def may_die(self, name: str) -> None:
+        if self.place(name):
+            raise Killed
+
+    def save(self, step: int, value: int, streak: Streak) -> None:
+        directory = self.directory / "checkpoints"
+        save_checkpoint(
+            directory,
+            step=step,
+            model_state={"w": torch.tensor(value)},
+            ema_state=None,
+            optimizer_state={},
+            manifest={"model": {}, "classes": [], "preprocessing": {"image_size": [8, 8]}, "source": "s", "seed": 0},
+            extra={"streak": streak.as_dict()},
+        )
+        self.may_die("saved")
+        back = (streak.first_step if streak.length else step) // self.every * self.every
+        prune(directory, keep=Keep(last=1), step=step, also={back})
+
+    def go(self) -> int | None:
+        """Run to the end and return the weights, or None after an interruption."""
+        value, step, streak = 1, 0, Streak()
+        newest = latest_checkpoint(self.directory)
+        if newest is not None:
+            loaded = load_checkpoint(newest)
+            value, step, streak = int(loaded.model_state["w"]), loaded.step, Streak.from_dict(loaded.extra["streak"])
+        rollbacks = read_rollbacks(self.directory)
+        while step < self.steps:
+            batch = data_step(step, rollbacks)
+            verdict: Verdict = "nonfinite" if batch in self.bad else "apply"
+            if verdict == "apply":
+                value = (value * 31 + 7 * step + batch) % (10**9 + 7)
+            streak = streak.after(step, verdict)
+            step += 1
+            if streak.length == self.limit:
+                target = latest_checkpoint(self.directory, up_to=streak.first_step, every_steps=self.every)
+                back_to = 0 if target is None else step_of(target)
+                self.may_die("before")
+                discard_after(self.directory / "checkpoints", back_to)
+                self.may_die("between")
+                add_rollback(self.directory, back_to=back_to, step=step, most=self.most, streak=streak.length)
+                self.may_die("after")
+                return self.go()
+            if step % self.every == 0:
+                self.save(step, value, streak)
+            self.may_die("step")
+            if self.place("stop"):
+                self.save(step, value, streak)
+                return None
+        return value
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 6)), min_size=1, max_size=4),
+    st.frozensets(st.integers(1, 80), max_size=8),
+    st.frozensets(
+        st.tuples(st.just("step"), st.integers(1, 80))
+        | st.tuples(st.sampled_from(["saved", "before", "between", "after"]), st.integers(1, 4)),
+        max_size=4,
+    ),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_kills_and_interruptions_do_not_change_the_path(
+    stretches: list[tuple[int, int]], stops: frozenset[int], deaths: frozenset[tuple[str, int]]
+) -> None:
+    bad = frozenset(batch for start, length in stretches for batch in range(start, start + length))
+    with TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no power cuts here
+        patch.setattr(retention, "PAUSE_SECONDS", 0)
+        whole, broken = (Run(Path(place) / name, bad) for name in ("whole", "broken"))
+        for run in (whole, broken):
+            run.directory.mkdir()
+        expected = whole.go()
+        broken.dies_at = deaths | {("stop", time) for time in stops}
+        found = None
+        while found is None:
+            with suppress(Killed):
+                found = broken.go()
+        assert found == expected
+        assert read_rollbacks(broken.directory) == read_rollbacks(whole.directory)
+
+
+def test_the_runs_above_do_go_back(tmp_path: Path) -> None:
+    """A negative control: a streak of three in a row is behind some of them."""
+    run = Run(tmp_path, frozenset({14, 15, 16, 38, 39, 40}))
+    run.go()
+    assert read_rollbacks(tmp_path) == [Rollback(10, 7), Rollback(30, 4)]
 
 
 # ---------------------------------------------------------------- for a look

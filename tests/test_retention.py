@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -112,6 +113,23 @@ def test_what_was_loaded_is_nobodys_file(tmp_path: Path) -> None:
     assert loaded.model_state["w"].tolist() == [1.0, 1.0, 1.0]
     assert prune(tmp_path, keep=Keep(last=1), step=2).deleted == [old]
     assert loaded.model_state["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_copy_between_two_files_is_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, _ = save(tmp_path, 1, 2)
+    copies: list[bytes] = []
+    copy = threading.Thread(target=lambda: copies.append((old / "model.safetensors").read_bytes()))
+
+    def until_it_opens_the_next(seconds: float) -> None:
+        assert seconds > 0
+        copy.start()
+        while not breaking_leases((old / "model.safetensors").stat().st_ino):
+            os.sched_yield()
+
+    monkeypatch.setattr(time, "sleep", until_it_opens_the_next)
+    assert prune(tmp_path, keep=Keep(last=1), step=2).in_use == [old]
+    copy.join(30)
+    assert copies == [(old / "model.safetensors").read_bytes()]
 
 
 def test_who_comes_at_the_renaming_finds_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,11 +137,17 @@ def process_group(*, device_type: str, timeout_seconds: float) -> Iterator[Ranks
         timeout_seconds: how long one process may keep the others waiting.
 
     Raises:
-        UserError: another process died or does not answer; or there are fewer GPUs than processes.
+        UserError: another process died or does not answer; fewer GPUs than processes; not all of torchrun's variables.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SOLO
         return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']}, several processes, but not {missing[0]}; "
+            "start them with torchrun, or unset WORLD_SIZE"
+        )
     ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     timeout = timedelta(seconds=timeout_seconds)
     if device_type == "cuda":
@@ -389,7 +395,7 @@ class Engine:
                     target.copy_(self.spread(None if saved is None or saved.ema is None else saved.ema[name], target))
         if frame is None:
             assert saved is not None
-            optimizer.load_state_dict(saved.optimizer)
+            load_optimizer(optimizer, saved.optimizer)
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         indices = [index for group in frame["param_groups"] for index in group["params"]]
@@ -398,7 +404,7 @@ class Engine:
                 if isinstance(value, Absent):
                     source = None if saved is None else saved.optimizer["state"][index][key]
                     frame["state"][index][key] = self.spread(source, parameter, value.dtype)
-        optimizer.load_state_dict(frame)
+        load_optimizer(optimizer, frame)
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Return a tensor of which each rank may hold a part; on rank 0 alone where it does."""
@@ -424,6 +430,14 @@ class Engine:
             return distribute_tensor(filled, like.device_mesh, like.placements)
         dist.broadcast(filled, src=0)
         return filled
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, but not the implementation it was computed with: shards have no fused SGD."""
+    own = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, implementation in zip(optimizer.param_groups, own):
+        group.update(implementation)
 
 
 @dataclass(frozen=True)
@@ -462,10 +476,10 @@ def recompute_in_backward(block: nn.Module) -> None:
     """Keep a block's input alone and compute the rest again in the backward pass, with the same dropout."""
     forward = block.forward
 
-    def forward_again(*inputs: Tensor) -> Tensor:
+    def forward_again(*inputs: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
-            return cast(Tensor, forward(*inputs))
-        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False))
+            return forward(*inputs, **options)
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     block.forward = forward_again
 

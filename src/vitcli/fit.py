@@ -37,7 +37,8 @@ from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Streak, add_rollback, data_step, read_rollbacks
 from vitcli.retention import Keep, discard_after
 from vitcli.saving import AsyncSaver
-from vitcli.step import AUTOCAST, State, train_step
+from vitcli.step import AUTOCAST, State, is_out_of_memory, train_step
+from vitcli.tuning import Choice
 from vitcli.watch import NotFinite, Watch
 from vitcli.weights import LoadReport, load_weights
 
@@ -59,6 +60,7 @@ class Job:
     start: Pretrained | None  # weights of --ckpt, unless from scratch
     val_classes: Tensor | None = None  # the model's number for each class of val_source; None where they are the same
     ranks: Ranks = SOLO
+    tuning: Choice | None = None  # what was measured to settle the config, if anything was
 
 
 def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[EvalResult, float]:
@@ -73,6 +75,14 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
             return train_on(job, stop=stop, say=say)
         except NotFinite as found:  # a run that goes back is one that is resumed: everything is built anew, from the disk
             roll_back(job, found, say=say)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{job.config.out}: out of memory, even with fewer images at once: set train.activation_checkpointing=true or "
+                "a smaller train.eval_batch_size, which an existing run may change too, or train a smaller model or on more "
+                "devices (train.parallel=fsdp)"
+            ) from error
 
 
 def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[EvalResult, float]:
@@ -143,6 +153,7 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
                 )
                 log.tick(state.step)
                 watch.add(state.step - 1, outcome, parts)
+                saver.check()
                 save_now = state.step % every.checkpoint_every_steps == 0 or state.step == train.steps
                 save_now |= every.keep_best > 0 and state.step % every.eval_every_steps == 0
                 if save_now or state.step % every.log_every_steps == 0:

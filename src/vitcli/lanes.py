@@ -13,10 +13,23 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["Lanes", "twin"]
+__all__ = ["Lanes", "choose_lanes", "twin"]
+
+WORTH_FLOPS = 2e9  # forward and backward on a lane's portion; with less, the interpreter holds the lanes up
 
 Portion = TypeVar("Portion")
 Result = TypeVar("Result")
+
+
+def choose_lanes(*, flops_per_image: int, images: int) -> int:
+    """Return how many lanes suit a model on this CPU: one for each of torch's threads, or 1 where portions are too short.
+
+    Args:
+        flops_per_image: forward.
+        images: that go through the model at once.
+    """
+    threads = torch.get_num_threads()
+    return threads if images >= threads and 3 * flops_per_image * images / threads >= WORTH_FLOPS else 1
 
 
 def twin(model: nn.Module) -> Any:
@@ -35,20 +48,22 @@ class Lanes:
     """
 
     def __init__(self, model: nn.Module, *, count: int) -> None:
+        self.count = count
         self.models = [model, *(twin(model) for _ in range(count - 1))]
-        self.pool = ThreadPoolExecutor(count - 1, thread_name_prefix="vit-lane") if count > 1 else None
+        self.pool = ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="vit-lane")  # starts threads when it has work
 
     def close(self) -> None:
         """End the threads."""
-        if self.pool is not None:
-            self.pool.shutdown()
+        self.pool.shutdown()
 
     def run(self, work: Callable[[Any, Portion], Result], portions: Sequence[Portion]) -> list[Result]:
         """Return work(model, portion) of each portion; gradients that it leaves in its model end up in the first one's.
 
         Lane i takes portions i, i + count, ... in order. An error is raised when all lanes have ended.
         """
-        count, threads, grad = len(self.models), torch.get_num_threads(), torch.is_grad_enabled()
+        count, threads, grad = self.count, torch.get_num_threads(), torch.is_grad_enabled()
+        if count == 1:
+            return [work(self.models[0], portion) for portion in portions]
 
         def lane(number: int) -> list[Result]:
             torch.set_num_threads(1)  # of this thread
@@ -58,7 +73,7 @@ class Lanes:
         for other in self.models[1:]:
             other.train(self.models[0].training)
             other.zero_grad(set_to_none=True)  # of a run that failed
-        others = [self.pool.submit(lane, number) for number in range(1, count)] if self.pool else []
+        others = [self.pool.submit(lane, number) for number in range(1, count)]
         try:
             done = [lane(0)]
         finally:

@@ -17,8 +17,9 @@ from vitcli.errors import ConfigError
 from vitcli.models import build_model
 from vitcli.models.flops import activation_bytes, forward_flops
 from vitcli.optim import lr_at
+from vitcli.tuning import Choice, choose_settings, worth_measuring
 
-__all__ = ["Plan", "build_plan", "describe", "lr_of_step", "resolve"]
+__all__ = ["Plan", "build_plan", "describe", "lr_of_step", "resolve", "tune"]
 
 GIB = 2**30
 MICRO_BATCH_CAP = {"cpu": 128, "cuda": 1024}  # images; beyond it a step gains nothing and leaves the CPU's caches
@@ -99,13 +100,53 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
     )
 
 
+def tune(
+    config: Config, *, num_classes: int, train_examples: int, val_examples: int, device: torch.device, ranks: int = 1
+) -> tuple[Config, Choice | None]:
+    """Settle `auto` precision and a micro-batch of null by a measurement, if the config allows one and the run is long."""
+    train = config.train
+    draft = resolve(config, train_examples=train_examples, val_examples=val_examples, device=device, ranks=ranks)
+    assert draft.train.steps is not None and draft.train.micro_batch_size is not None
+    hidden = draft.model.representation_size
+    assert hidden != "width"  # resolved
+    flops = forward_flops(
+        image_size=config.data.image_size, num_classes=num_classes, representation_size=hidden, **_sizes(draft.model)
+    )
+    images = draft.train.steps * train.batch_size // ranks
+    if not train.tune or not worth_measuring(images=images, flops_per_image=flops, device=device):
+        return config, None
+    choice = choose_settings(
+        draft.model,
+        image_size=config.data.image_size,
+        num_classes=num_classes,
+        device=device,
+        precision=train.precision,
+        micro_batch_size=train.micro_batch_size,
+        largest=draft.train.micro_batch_size,
+    )
+    settled = {"precision": choice.precision, "micro_batch_size": choice.micro_batch_size}
+    return config.model_copy(update={"train": train.model_copy(update=settled)}), choice
+
+
 def _micro_batch_size(config: Config, device: torch.device) -> int:
     """Halve the batch until it is under the device's useful size and its activations fit in half of the free memory."""
     micro, available = config.train.batch_size, memory_bytes(device)
-    per_image = activation_bytes(image_size=config.data.image_size, **_sizes(resolve_model(config.model)))
+    per_image = _activation_bytes(config, resolve_model(config.model))
     while micro > 1 and (micro > MICRO_BATCH_CAP[device.type] or (available is not None and micro * per_image > available / 2)):
         micro = math.ceil(micro / 2)
     return micro
+
+
+def _activation_bytes(config: Config, model: ModelConfig) -> int:
+    """Estimate what an image keeps in memory between forward and backward pass; a resolved precision of 16 bits counts."""
+    sizes = _sizes(model)
+    whole = activation_bytes(image_size=config.data.image_size, **sizes)
+    if config.train.activation_checkpointing:  # every block's input, and all of one block
+        assert model.depth is not None
+        block = activation_bytes(image_size=config.data.image_size, **{**sizes, "depth": 1})
+        none = activation_bytes(image_size=config.data.image_size, **{**sizes, "depth": 0})
+        whole = none + (block - none) * (model.depth + 16) // 16  # the input is one of some 16 widths that a block keeps
+    return whole if config.train.precision in ("auto", "float32") else whole * 9 // 16  # autocast keeps some in float32
 
 
 def _sizes(model: ModelConfig) -> dict[str, Any]:
@@ -125,7 +166,7 @@ def build_plan(
     copies = 1 + (config.train.ema_decay is not None)
     assert config.train.micro_batch_size is not None
     state_bytes = 4 * parameters * copies + 4 * trained * (1 + moments)
-    activations = config.train.micro_batch_size * activation_bytes(image_size=config.data.image_size, **_sizes(config.model))
+    activations = config.train.micro_batch_size * _activation_bytes(config, config.model)
     parallel = choose_parallel(
         config.train.parallel,
         ranks=ranks.ranks,
@@ -133,6 +174,11 @@ def build_plan(
         activation_bytes=activations,
         memory_bytes=memory_bytes(device),
     )
+    if parallel == "fsdp" and config.optim.name == "muon":
+        raise ConfigError(
+            "optim.name is muon, which needs whole matrices; train.parallel=fsdp (or auto, for want of memory) splits them: "
+            "take adamw, or train.parallel=ddp"
+        )
     memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + activations
     hidden = config.model.representation_size
     assert hidden != "width"  # resolved

@@ -21,6 +21,7 @@ from vitcli.errors import RunExistsError, UserError
 from vitcli.rundir import read_json, write_json
 
 __all__ = [
+    "ROLLBACKS",
     "LossScale",
     "Part",
     "Rollback",

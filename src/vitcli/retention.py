@@ -6,6 +6,7 @@ What is to go is renamed first and deleted then, so that a kill halfway leaves n
 import math
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from vitcli.errors import CheckpointError
 from vitcli.in_use import unread
 
 __all__ = ["Keep", "Pruned", "discard_after", "kept_steps", "prune"]
+
+PAUSE_SECONDS = 0.05  # a copy that is between two files comes to the next one meanwhile
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def delete_unread(path: Path) -> bool:
     """Delete a checkpoint unless somebody reads it; say whether it is gone."""
     hidden = hidden_name(path)
     with unread(path) as nobody_reads:
+        if nobody_reads():
+            time.sleep(PAUSE_SECONDS)
         if not nobody_reads():
             return False
         os.rename(path, hidden)

@@ -22,8 +22,9 @@ from vitcli.fit import Job, evaluate_source, fit, load_start
 from vitcli.interrupts import StopSignals
 from vitcli.models import build_model
 from vitcli.models.flops import forward_flops
-from vitcli.plan import build_plan, describe, resolve
+from vitcli.plan import build_plan, describe, resolve, tune
 from vitcli.recipes import finetune_recipe
+from vitcli.recovery import ROLLBACKS
 from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
 from vitcli.weights import load_weights
 
@@ -195,12 +196,15 @@ def carry_out(
         if ranks.main and not begun(out):
             if (out / MANIFEST).exists():
                 say(f"{out}: no checkpoint of an earlier start here, so this one begins at the first step")
+            (out / ROLLBACKS).unlink(missing_ok=True)
             origin = "scratch" if start is None else str(start.source_path)
             say("\n".join([*describe(job.plan), f"start       {origin}"]))
             sources = {"train": job.train_source.fingerprint, "val": job.val_source.fingerprint}
             manifest = build_manifest(hardware=hardware(job.plan.device), data={"source": config.data.source, **sources})
             write_text(out / CONFIG, dump_config(job.config))
-            write_json(out / MANIFEST, {**manifest, "requested": config.model_dump(mode="json"), "recipe": recipe})
+            tuning = None if job.tuning is None else job.tuning.as_dict()
+            requested = {"requested": config.model_dump(mode="json"), "recipe": recipe, "tuning": tuning}
+            write_json(out / MANIFEST, {**manifest, **requested})
         result, seconds = fit(job, stop=stop, say=say)
         summary = {
             "step": job.config.train.steps,
@@ -297,6 +301,7 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
             "take them out, or add training images of them"
         )
     val_classes = map_classes(train_source.classes, val_source.classes, val_source.name)
+    tuning = None
     manifest = read_json(config.out / MANIFEST)
     if manifest is not None and begun(config.out):
         before = stored_config(config.out / CONFIG)
@@ -310,9 +315,10 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
                 "bring them back, or choose another --out"
             )
     else:
-        config = resolve(
-            config, train_examples=len(train_source), val_examples=len(val_source), device=device, ranks=ranks.ranks
-        )
+        sizes = {"train_examples": len(train_source), "val_examples": len(val_source), "ranks": ranks.ranks}
+        if ranks.main:
+            config, tuning = tune(config, num_classes=num_classes, device=device, **sizes)
+        config = resolve(config, device=device, **sizes)
     workers = config.data.workers
     if workers is None:
         together = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.ranks > 1 else 1
@@ -326,7 +332,7 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
         device=device,
         ranks=ranks,
     )
-    return Job(config, plan, train_source, val_source, start, val_classes, ranks)
+    return Job(config, plan, train_source, val_source, start, val_classes, ranks, tuning)
 
 
 # ---------------------------------------------------------------- without training

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vitcli.config import ModelConfig
 from vitcli.data.cache import default_cache_dir
 from vitcli.device import choose_precision, flops_per_second, hardware
-from vitcli.models import build_model
+from vitcli.lanes import Lanes
+from vitcli.models import VisionTransformer, build_model
 
 __all__ = ["Choice", "choose_settings", "worth_measuring"]
 
@@ -62,6 +64,7 @@ def choose_settings(
     precision: str,
     micro_batch_size: int | None,
     largest: int,
+    lanes: int = 1,
     budget_seconds: float = 6.0,
     cache_dir: Path | None = None,
 ) -> Choice:
@@ -71,6 +74,7 @@ def choose_settings(
         model: resolved.
         precision, micro_batch_size: as configured; what is given is not measured.
         largest: micro-batch that memory allows and that the plan would take, at most a step's images on a device.
+        lanes: threads that share a micro-batch, as in training.
         budget_seconds: about how long to measure; candidates that would not fit into it are left out.
         cache_dir: default $VIT_CACHE, or ~/.cache/vit.
     """
@@ -86,6 +90,7 @@ def choose_settings(
         "precision": precision,
         "micro_batch_size": micro_batch_size,
         "largest": largest,
+        "lanes": lanes,
     }
     path = (cache_dir or default_cache_dir()) / "tuning" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     kept = read_choice(path, key)
@@ -95,7 +100,7 @@ def choose_settings(
     sizes = [micro_batch_size] if micro_batch_size is not None else sizes_to_try(largest, smallest=SMALLEST[device.type])
     wanted = precisions_to_try(precision, device, width=model.width or 0)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        step = build_step(model, image_size=image_size, num_classes=num_classes, device=device)
+        step = build_step(model, image_size=image_size, num_classes=num_classes, device=device, lanes=lanes)
         # precision first, at a middling size, then the size
         middling = sizes[len(sizes) // 2]
         share = budget_seconds / 3 if len(wanted) > 1 else 0.0
@@ -133,22 +138,27 @@ Candidate = tuple[str, int]  # precision, micro-batch
 Step = Callable[[str, int], float]  # of a candidate; returns seconds
 
 
-def build_step(model: ModelConfig, *, image_size: tuple[int, int], num_classes: int, device: torch.device) -> Step:
+def build_step(model: ModelConfig, *, image_size: tuple[int, int], num_classes: int, device: torch.device, lanes: int) -> Step:
     """Return a function that runs a model of this kind forward and backward once."""
     net = build_model(model, image_size=image_size, num_classes=num_classes).to(device).train()
-    parameters = list(net.parameters())
+    side_by_side = Lanes(net, count=lanes)
 
     def step(precision: str, size: int) -> float:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         images = torch.randn(size, 3, *image_size, device=device)
-        labels = torch.zeros(size, dtype=torch.int64, device=device)
+
+        def backward(net: VisionTransformer, portion: Tensor) -> None:
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = net(portion)
+            F.cross_entropy(logits.float(), torch.zeros(len(portion), dtype=torch.int64, device=device)).backward()
+
         wait(device)
         started = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = net(images)
-        torch.autograd.grad(F.cross_entropy(logits.float(), labels), parameters, allow_unused=True)
+        side_by_side.run(backward, images.tensor_split(lanes))
         wait(device)
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        net.zero_grad(set_to_none=True)
+        return seconds
 
     return step
 

@@ -190,7 +190,7 @@ def read_shards(
     """Find the shards of each split; those that a part is held out of count as training shards.
 
     Raises:
-        DataError: nothing matches the pattern, or what describes the set is damaged.
+        DataError: nothing matches the pattern, none of the shards is there, or what describes the set is damaged.
     """
     copies = RemoteCopies(cache_dir / "remote", limit_bytes=int(remote_cache_gib * 2**30))
     found: dict[Split, list[str]] = {}
@@ -208,6 +208,8 @@ def read_shards(
             found["train"] = choice.urls
     readers: dict[Split, ShardReader] = {}
     for split, urls in found.items():
+        if not any(is_remote(url) or os.path.exists(url) for url in urls):  # a wrong path, not a damaged set
+            raise DataError(f"{pattern}: none of these {len(urls):,} shards is there; expected tar files such as {urls[0]}")
         place = folder_of(urls)
         info = SetInfo("") if place is None else read_set_info(place)
         lengths = {spelt(url): length for url, length in info.lengths.items()}

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -354,7 +353,8 @@ def work(folder: Path, what: str) -> None:
             time.sleep(6)
         if what == "disagree":
             ranks.agree(DataError("photos/7.png: damaged") if ranks.rank == 1 else None)
-        for name, check in {"checks": CHECKS, "resume": {"resume": resume_exactly}}.get(what, {}).items():
+        wanted: dict[str, dict[str, Callable[[Ranks], None]]] = {"checks": CHECKS, "resume": {"resume": resume_exactly}}
+        for name, check in wanted.get(what, {}).items():
             try:
                 check(ranks)
             except Exception:  # every failure is told; after one the other process may be elsewhere
@@ -483,9 +483,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+class Kept(dict[str, str]):
+    """A store in this process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
 def test_who_went_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    store = dist.HashStore()
+    store = Kept()
     store.set("vit/alive/2", "")
     closed = RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
     assert lost(Ranks(0, 4, 0), store, 600, closed) == (

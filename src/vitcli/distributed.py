@@ -13,11 +13,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -30,11 +31,29 @@ Value = TypeVar("Value")
 
 AGREED = "raised by every rank"  # a note on errors that rank 0 reports for all
 # How gloo, NCCL and the store say that another process is gone or does not answer.
-LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out", "timeout", "remote process exited")
+LOST = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "connection refused",
+    "timed out waiting",
+    "timeout caused",
+    "remote process exited",
+)
 ROOM = 0.9  # of a device's memory; the rest is for fragments, buckets and the context
 
 
 # ---------------------------------------------------------------- who takes part
+
+
+class Store(Protocol):
+    """What is used of torch's key-value store, which torchrun keeps and which outlives a process."""
+
+    def set(self, key: str, value: str) -> None:
+        """Put a value under a key."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Tell at once whether all keys are there."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,7 @@ class Ranks:
     rank: int
     ranks: int
     local_rank: int
-    store: dist.Store | None = None
+    store: Store | None = None
     waits: Iterator[int] = field(default_factory=count, repr=False, compare=False)
 
     @property
@@ -148,7 +167,8 @@ def process_group(*, device_type: str, timeout_seconds: float) -> Iterator[Ranks
             f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']}, several processes, but not {missing[0]}; "
             "start them with torchrun, or unset WORLD_SIZE"
         )
-    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    ranks = Ranks(rank, size, local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     if device_type == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
@@ -159,7 +179,7 @@ def process_group(*, device_type: str, timeout_seconds: float) -> Iterator[Ranks
         torch.cuda.set_device(ranks.local_rank)
     store = None
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.ranks, timeout=timeout)
         yield replace(ranks, store=store)
@@ -176,7 +196,7 @@ def process_group(*, device_type: str, timeout_seconds: float) -> Iterator[Ranks
         dist.destroy_process_group()
 
 
-def lost(ranks: Ranks, store: dist.Store | None, timeout_seconds: float, error: RuntimeError) -> str:
+def lost(ranks: Ranks, store: Store | None, timeout_seconds: float, error: RuntimeError) -> str:
     """Say in one line which processes went away, as far as the others can tell."""
     silent: list[int] = []
     try:
@@ -187,7 +207,7 @@ def lost(ranks: Ranks, store: dist.Store | None, timeout_seconds: float, error: 
     except RuntimeError:  # the store went away too
         pass
     named = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}" if silent else "another process"
-    slow = "time" in str(error).lower().split("\n")[0] and "closed" not in str(error)
+    slow = any(sign in str(error).lower() for sign in ("timed out", "timeout"))
     what = f"did not answer for {timeout_seconds:g} s" if slow else "ended early; its own message says why"
     return (
         f"rank {ranks.rank} of {ranks.ranks}: {named} {what}; the same command goes on from the last checkpoint "
@@ -409,8 +429,8 @@ class Engine:
     def whole(self, tensor: Tensor) -> Tensor:
         """Return a tensor of which each rank may hold a part; on rank 0 alone where it does."""
         full = getattr(tensor, "full_tensor", None)  # a DTensor's; importing the class costs a second that DDP need not pay
-        if full is None:
-            return tensor
+        if full is None:  # beside gathered ones it is copied like them: all of a state is the caller's, or none
+            return tensor.detach().to("cpu", copy=True) if self.in_step else tensor
         gathered: Tensor = full()
         return gathered.cpu() if self.ranks.main else gathered.new_empty(0)
 
@@ -434,7 +454,9 @@ class Engine:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state, but not the implementation it was computed with: shards have no fused SGD."""
-    own = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    own: list[dict[str, Any]] = [
+        {key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
     for group, implementation in zip(optimizer.param_groups, own):
         group.update(implementation)
@@ -484,7 +506,7 @@ def recompute_in_backward(block: nn.Module) -> None:
     block.forward = forward_again
 
 
-def sum_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def sum_bucket(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
     """Sum a bucket of gradients over the ranks; DDP's own hook would average."""
     del state
     work = dist.all_reduce(bucket.buffer(), async_op=True)

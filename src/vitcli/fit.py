@@ -199,7 +199,9 @@ def roll_back(job: Job, found: NotFinite, *, say: Callable[[str], None]) -> None
     assert out is not None
     problem = None
     if job.ranks.main:
-        back_to = latest_checkpoint(out, up_to=found.streak.first_step, say=say)
+        # not one that an interruption left between: the path must not depend on when a run was stopped
+        every = job.config.log.checkpoint_every_steps
+        back_to = latest_checkpoint(out, up_to=found.streak.first_step, every_steps=every, say=say)
         step = 0 if back_to is None else step_of(back_to)
         try:
             if len(read_rollbacks(out)) < most:
@@ -250,7 +252,9 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
         states = None if saved is None else States(saved.model_state, saved.optimizer_state, saved.ema_state)
         engine.load_states(states, optimizer, ema)
     scale = LossScale.from_dict(extra.get("loss_scale")) if config.train.precision == "fp16" else None
-    at_once = min(config.train.micro_batch_size, extra.get("images_at_once", config.train.micro_batch_size))
+    at_once = config.train.micro_batch_size
+    if isinstance(stored := extra.get("images_at_once"), int) and 1 <= stored < at_once:  # memory ran out before
+        at_once = stored
     return State(model, optimizer, ema, scale, step, at_once), engine, Streak.from_dict(extra.get("streak"))
 
 
@@ -289,6 +293,8 @@ def save(state: State, job: Job, engine: Engine, saver: AsyncSaver, watch: Watch
         "train": config.train.model_dump(mode="json", include={"loss", "precision"}),
         "seed": config.seed,
     }
+    every, streak = config.log.checkpoint_every_steps, watch.streak
+    assert every is not None
     extra: dict[str, Any] = {"streak": watch.streak.as_dict(), "images_at_once": state.images_at_once}
     if state.scale is not None:
         extra["loss_scale"] = state.scale.as_dict()
@@ -304,6 +310,7 @@ def save(state: State, job: Job, engine: Engine, saver: AsyncSaver, watch: Watch
             manifest=manifest,
             extra=extra,
             scores={step: row[config.log.best_metric] for step, row in log.evals.items()},
+            also_keep={(streak.first_step if streak.length else state.step) // every * every},  # where a rollback would go
             owned=engine.in_step,  # put together for us
         )
 

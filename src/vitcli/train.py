@@ -240,7 +240,7 @@ def refuse_other(out: Path, config: Config) -> None:
         return
     if manifest is None:
         strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
-        if set(strangers) - {CONFIG, "checkpoints", "tensorboard", "metrics.jsonl"}:
+        if set(strangers) - {CONFIG, ROLLBACKS, "checkpoints", "nonfinite", "tensorboard", "metrics.jsonl"}:
             raise RunExistsError(f"{out}: holds files but no run ({strangers[0]}, ...); choose another --out")
         return
     before, now = manifest["requested"], config.model_dump(mode="json")

@@ -559,6 +559,8 @@ def limit(job: Job) -> float:
 
 # ---------------------------------------------------------------- one process for each measurement
 
+Record = dict[str, Any]  # of a task: settings, what was tried, measurements; goes into the JSON file
+
 
 def child(job: Job) -> dict[str, Any]:
     """Measure here, in a process that ends afterwards."""
@@ -598,40 +600,46 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(
-    title: str, name: str, args: argparse.Namespace, *, evaluate: bool, earlier: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Choose each contender's setting, run the rounds, print a table of these and earlier ones and return everything."""
+    title: str, name: str, args: argparse.Namespace, *, evaluate: bool, record: Record, keep: Callable[[], None]
+) -> None:
+    """Choose each contender's setting, run the rounds and print a table of these and earlier ones; all goes into `record`."""
     model, cores = MODELS[name], len(os.sched_getaffinity(0))
 
     def job(contender: str, setting: Setting, seconds: float) -> Job:
         return Job(contender, model, args.batch_size, args.precision, evaluate, str(args.data), setting, seconds)
 
     print(f"\n{title}", flush=True)
-    chosen: dict[str, Setting] = {}
-    tried: dict[str, list[dict[str, Any]]] = earlier["tried"] if earlier else {}
-    for contender in args.contenders:
+    record |= {"task": title, "model": asdict(model), "flops_per_image": model.flops * (1 if evaluate else 3)}
+    chosen, tried, found = (record.setdefault(key, {}) for key in ("settings", "tried", "measurements"))
+    for contender in (who for who in args.contenders if who not in chosen):
         settings = settings_of(contender, cores, compiled=contender in args.compile, evaluate=evaluate)
-        if earlier and contender in earlier["settings"]:
-            settings = [Setting(**earlier["settings"][contender])]
-        if len(settings) == 1:
-            chosen[contender] = settings[0]
-            continue
-        rates = [(measure(job(contender, s, args.search_seconds), args)["images_per_second"], s) for s in settings]
-        tried[contender] = [{**asdict(setting), "images_per_second": rate} for rate, setting in rates]
-        chosen[contender] = max(rates, key=lambda pair: pair[0])[1]
-    found: dict[str, list[dict[str, Any]]] = {"limit": [], **{contender: [] for contender in args.contenders}}
-    for contender, rows in (earlier["measurements"] if earlier else {}).items():
-        found[contender] = rows
-        if earlier and contender in earlier["settings"]:
-            chosen[contender] = Setting(**earlier["settings"][contender])
+        if len(settings) > 1:
+            rates = [measure(job(contender, setting, args.search_seconds), args)["images_per_second"] for setting in settings]
+            tried[contender] = [{**asdict(setting), "images_per_second": rate} for setting, rate in zip(settings, rates)]
+            settings = [settings[rates.index(max(rates))]]
+        chosen[contender] = asdict(settings[0])
+        keep()
     for _, contender in itertools.product(range(args.rounds), [*args.contenders, "limit"]):
-        found[contender].append(measure(job(contender, chosen.get(contender, Setting(threads=cores)), args.seconds), args))
-    limits = found.pop("limit")
-    peak = statistics.median(row["flops_per_second"] for row in limits)
+        setting = Setting(**chosen.get(contender, {"threads": cores}))
+        found.setdefault(contender, []).append(measure(job(contender, setting, args.seconds), args))
+        keep()
+    report(record)
+    keep()
+
+
+def report(record: Record) -> None:
+    """Add medians and ratios to a record and print its table."""
+    found = {who: rows for who, rows in record["measurements"].items() if who != "limit"}
+    peak = statistics.median(row["flops_per_second"] for row in record["measurements"]["limit"])
     rates_of = {who: statistics.median(row["images_per_second"] for row in rows) for who, rows in found.items()}
-    others = [rate for who, rate in rates_of.items() if who != "vit"]
-    best = max(others, default=math.nan)
-    work = model.flops * (1 if evaluate else 3)
+    best = max((rate for who, rate in rates_of.items() if who != "vit"), default=math.nan)
+    work = record["flops_per_image"]
+    record |= {
+        "limit_flops_per_second": peak,
+        "images_per_second": rates_of,
+        "ratio": rates_of.get("vit", math.nan) / best,
+        "share_of_limit": {who: rate * work / peak for who, rate in rates_of.items()},
+    }
     print(f"  matrix products alone: {peak / 1e9:,.0f} GFLOP/s, {peak / work:,.0f} images/s")
     columns = "".join(f"{part:>10s}" for part in (*PHASES, "other"))
     head = f"{'images/s':>9s}{'range':>16s}{'x best other':>13s}{'of limit':>9s}{'ms/step':>9s}{columns}{'MiB':>7s}  setting"
@@ -640,25 +648,13 @@ def compare(
         rates = [row["images_per_second"] for row in rows]
         middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         parts = "".join(f"{middle[f'{part}_ms']:10,.0f}" for part in (*PHASES, "other"))
-        setting = " ".join(f"{key}={value}" for key, value in asdict(chosen[who]).items() if value)
+        setting = " ".join(f"{key}={value}" for key, value in record["settings"][who].items() if value)
         print(
             f"  {who:13s}{rates_of[who]:9,.0f}{f'{min(rates):,.0f} to {max(rates):,.0f}':>16s}{rates_of[who] / best:13.2f}"
             f"{rates_of[who] * work / peak:9.0%}{middle['step_ms']:9,.0f}{parts}{middle['peak_memory_bytes'] / 2**20:7,.0f}"
             f"  {'as it comes' if who == 'vit' else setting}",
             flush=True,
         )
-    return {
-        "task": title,
-        "model": asdict(model),
-        "flops_per_image": work,
-        "limit_flops_per_second": peak,
-        "settings": {who: asdict(setting) for who, setting in chosen.items()},
-        "tried": tried,
-        "measurements": {**found, "limit": limits},
-        "images_per_second": rates_of,
-        "ratio": rates_of.get("vit", math.nan) / best,
-        "share_of_limit": {who: rate * work / peak for who, rate in rates_of.items()},
-    }
 
 
 def main() -> None:
@@ -698,15 +694,18 @@ def main() -> None:
         "rounds": args.rounds,
     }
     print(f"{about['hardware']}; {args.precision}, batches of {args.batch_size}, {args.rounds} rounds of {args.seconds:g} s")
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Record] = {}
     if args.json and args.json.exists():
         tasks = {task["task"]: task for task in json.loads(args.json.read_text())["tasks"]}
+
+    def keep() -> None:
+        if args.json:
+            args.json.write_text(json.dumps({**about, "tasks": list(tasks.values())}, indent=1) + "\n")
+
     for name, what in itertools.product(args.models, args.what):
         model = MODELS[name]
         title = f"{what}: {name}, width {model.width}, depth {model.depth}, patch {model.patch} at {model.side} px"
-        tasks[title] = compare(title, name, args, evaluate=what == "eval", earlier=tasks.get(title))
-        if args.json:
-            args.json.write_text(json.dumps({**about, "tasks": list(tasks.values())}, indent=1) + "\n")
+        compare(title, name, args, evaluate=what == "eval", record=tasks.setdefault(title, {}), keep=keep)
 
 
 if __name__ == "__main__":

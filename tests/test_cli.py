@@ -1,50 +1,22 @@
 """The command line as a user meets it: help, version, and one line with exit code 2 for every bad input."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.harness import Result, vit
 from vitcli.checkpoint import load_weights_file
-from vitcli.cli import main
 
 TINY = """
 model: {patch_size: 8, width: 32, depth: 1, num_heads: 2}
 data: {source: shapes, image_size: 16, shapes: {classes: 3, train_examples: 60, val_examples: 30}}
 train: {steps: 4, batch_size: 8}
 """
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command printed and how it ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def vit(*words: str, cwd: Path | None = None) -> Result:
-    """Run a command in this process, as the script does: importing torch anew for each would take most of the time."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["vit", *words]
-    try:
-        with contextlib.chdir(cwd or Path.cwd()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    finally:
-        sys.argv = before
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def fails_with(result: Result, *said: str) -> None:

@@ -1,51 +1,23 @@
 """`vit data` as a user meets it: each command's output, exit codes, and one line for what cannot be done."""
 
-import contextlib
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vitcli.cli import main
+from tests.harness import Result, vit
 from vitcli.config import DataConfig
 from vitcli.data.sources import open_source
 from vitcli.data.stages import Speeds, bottleneck
 from vitcli.data.stats import measure_pixels, sample_of
 
 COMMANDS = ("pack", "index", "check", "stats", "preview", "bench")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command printed and how it ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def vit(*words: str, cwd: Path | None = None) -> Result:
-    """Run a command in this process, as the script does."""
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["vit", *words]
-    try:
-        with contextlib.chdir(cwd or Path.cwd()), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    finally:
-        sys.argv = before
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 def fails_with(result: Result, *said: str) -> None:

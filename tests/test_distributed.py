@@ -398,11 +398,12 @@ def test_several_processes_do_what_one_does(tmp_path: Path, what: str, count: in
         assert not failed, "\n".join(f"rank {rank}, {name}:\n{text}" for name, text in failed.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        pytest.param("die", "rank 0 of 2: rank 1 ended early; its own message says why"),
-        pytest.param("hang", "rank 0 of 2: rank 1 did not answer for 2 s", marks=pytest.mark.slow),
+        ("die", "rank 0 of 2: rank 1 ended early; its own message says why"),
+        ("hang", "rank 0 of 2: rank 1 did not answer for 2 s"),
     ],
 )
 def test_a_process_that_goes_away_ends_the_others(tmp_path: Path, what: str, reason: str) -> None:

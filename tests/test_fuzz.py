@@ -42,7 +42,7 @@ from vitcli.data.shard_sets import MOST_SHARDS, count_braced, expand_braces, rea
 from vitcli.data.tar import BLOCK, iter_members
 from vitcli.errors import CheckpointError, ConfigError, DataError, UserError
 
-FEW, MANY = 100, 10_000  # inputs for each reader
+FEW, MANY = 50, 5_000  # inputs for each reader
 Read = TypeVar("Read")
 
 inputs = pytest.mark.parametrize("inputs", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
@@ -725,9 +725,9 @@ def test_bombs(tmp_path: Path, saved: Path) -> None:
 
     add("config", laughs("[", "]", ""))
     add("config", laughs("{", "}", "k{}: "))
-    add("config", "a: &a " + "x" * 100_000 + "\nb: [" + ",".join(["*a"] * 30_000) + "]\n")
+    add("config", "a: &a " + "x" * 100_000 + "\nb: [" + ",".join(["*a"] * 3_000) + "]\n")
     add("config", CONFIG + "out: " + "[" * 100_000)
-    add("config", "".join(f"k{number}: 1\n" for number in range(20_000)))
+    add("config", "".join(f"k{number}: 1\n" for number in range(2_000)))
     add("config", f"a: !!python/object/apply:os.mkdir ['{trap}']\n")
     bombs.append(("config", Path("/dev/zero")))
     add("override", "out=" + "[" * 100_000)

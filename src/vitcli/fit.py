@@ -28,11 +28,12 @@ from vitcli.distributed import SOLO, Engine, Ranks, States, is_agreed
 from vitcli.errors import DataError, Interrupted, UserError
 from vitcli.evaluate import EvalResult, evaluate
 from vitcli.interrupts import StopSignals
+from vitcli.lanes import Lanes
 from vitcli.logs import RunLog
 from vitcli.models import build_model
 from vitcli.models.vit import VisionTransformer
 from vitcli.optim import build_optimizer, ema_start, weight_norm
-from vitcli.plan import Plan, lr_of_step
+from vitcli.plan import Plan, count_lanes, lr_of_step
 from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Streak, add_rollback, data_step, read_rollbacks
 from vitcli.retention import Keep, discard_after
@@ -255,7 +256,9 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
     at_once = config.train.micro_batch_size
     if isinstance(stored := extra.get("images_at_once"), int) and 1 <= stored < at_once:  # memory ran out before
         at_once = stored
-    return State(model, optimizer, ema, scale, step, at_once), engine, Streak.from_dict(extra.get("streak"))
+    count = count_lanes(config, flops_per_image=job.plan.flops_per_image, device=device, ranks=ranks.ranks)
+    lanes = Lanes(model, count=count) if count > 1 else None
+    return State(model, optimizer, ema, scale, step, at_once, lanes), engine, Streak.from_dict(extra.get("streak"))
 
 
 def load_start(model: VisionTransformer, start: Pretrained) -> LoadReport:

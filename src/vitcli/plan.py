@@ -14,12 +14,13 @@ from vitcli.config import Config, ModelConfig, resolve_model
 from vitcli.device import choose_precision, hardware, memory_bytes
 from vitcli.distributed import SOLO, Parallel, Ranks, choose_parallel
 from vitcli.errors import ConfigError
+from vitcli.lanes import choose_lanes
 from vitcli.models import build_model
 from vitcli.models.flops import activation_bytes, forward_flops
 from vitcli.optim import lr_at
 from vitcli.tuning import Choice, choose_settings, worth_measuring
 
-__all__ = ["Plan", "build_plan", "describe", "lr_of_step", "resolve", "tune"]
+__all__ = ["Plan", "build_plan", "count_lanes", "describe", "lr_of_step", "resolve", "tune"]
 
 GIB = 2**30
 MICRO_BATCH_CAP = {"cpu": 128, "cuda": 1024}  # images; beyond it a step gains nothing and leaves the CPU's caches
@@ -123,9 +124,20 @@ def tune(
         precision=train.precision,
         micro_batch_size=train.micro_batch_size,
         largest=draft.train.micro_batch_size,
+        lanes=count_lanes(draft, flops_per_image=flops, device=device, ranks=ranks),
     )
     settled = {"precision": choice.precision, "micro_batch_size": choice.micro_batch_size}
     return config.model_copy(update={"train": train.model_copy(update=settled)}), choice
+
+
+def count_lanes(config: Config, *, flops_per_image: int, device: torch.device, ranks: int) -> int:
+    """Return how many portions of a micro-batch go through the model side by side, in threads of their own."""
+    model, train = config.model, config.train
+    random = model.dropout > 0 or model.attention_dropout > 0  # the threads would race for torch's generator
+    if device.type != "cpu" or ranks > 1 or random or train.compile or train.activation_checkpointing:
+        return 1
+    assert train.micro_batch_size is not None
+    return choose_lanes(flops_per_image=flops_per_image, images=train.micro_batch_size)
 
 
 def _micro_batch_size(config: Config, device: torch.device) -> int:

@@ -6,6 +6,7 @@ A step in several processes adds their gradients up, so its result does not depe
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vitcli.config import Config
 from vitcli.data.loader import Batch
 from vitcli.data.transforms import mix_batch, normalise
 from vitcli.distributed import Engine, Ranks
+from vitcli.lanes import Lanes
 from vitcli.optim import clip_gradients, ema_update
 from vitcli.plan import lr_of_step
 from vitcli.randomness import derive_seed
@@ -37,6 +39,7 @@ class State:
     scale: LossScale | None  # of fp16
     step: int
     images_at_once: int  # through the model; smaller than a micro-batch where memory ran out
+    lanes: Lanes | None = None  # threads side by side; None where the cores share every operation
     overlap: bool = False  # of computing gradients with summing them over the processes, where memory is known to suffice
 
 
@@ -134,21 +137,44 @@ def accumulate_gradients(
             inputs, targets = mix_batch(inputs, targets, seed=seed, mixup=config.augment.mixup, cutmix=config.augment.cutmix)
         # Every process makes as many portions as the others, be its share smaller by one: some of them meet in each.
         portions = -(-largest_share(config, number, engine.ranks) // state.images_at_once)
+        weight = scale / train.batch_size
+        learn = partial(backward, config=config, device=device, class_weights=class_weights, weight=weight)
+        if state.lanes is not None:
+            portions = state.lanes.count * -(-portions // state.lanes.count)  # as many for each
+            split = zip(inputs.tensor_split(portions), targets.tensor_split(portions), strict=True)
+            for found in state.lanes.run(learn, list(split)):
+                seen[number] += found
+            continue
         for position, (x, y) in enumerate(zip(inputs.tensor_split(portions), targets.tensor_split(portions), strict=True)):
             if len(x) == 0:
                 engine.idle()
                 continue
             last = number == len(parts) - 1 and position == portions - 1
             with engine.accumulating(overlap=last and state.overlap):
-                with torch.autocast(device.type, AUTOCAST.get(train.precision), enabled=train.precision in AUTOCAST):
-                    logits = engine(x)  # (b, K)
-                loss = classification_loss(logits.float(), y, kind=train.loss, class_weights=class_weights)
-                (loss * (scale * len(x) / train.batch_size)).backward()
-            with torch.no_grad():
-                seen[number, 0] += loss.double() * len(x)
-                seen[number, 1] += (logits.argmax(1) == y.argmax(1)).sum()
-                seen[number, 2] += len(x)
+                seen[number] += learn(engine, (x, y))
     return seen
+
+
+def backward(
+    model: Callable[[Tensor], Tensor],
+    portion: tuple[Tensor, Tensor],
+    *,
+    config: Config,
+    device: torch.device,
+    class_weights: Tensor | None,
+    weight: float,
+) -> Tensor:
+    """Add the gradient of a portion's losses x weight to the model's; return (3,) loss x images, hits and images."""
+    train, (x, y) = config.train, portion
+    if len(x) == 0:
+        return torch.zeros(3, dtype=torch.float64, device=device)
+    with torch.autocast(device.type, AUTOCAST.get(train.precision), enabled=train.precision in AUTOCAST):
+        logits = model(x)  # (b, K)
+    loss = classification_loss(logits.float(), y, kind=train.loss, class_weights=class_weights)
+    (loss * (weight * len(x))).backward()
+    with torch.no_grad():
+        hits = (logits.argmax(1) == y.argmax(1)).sum()
+        return torch.stack([loss.double() * len(x), hits.double(), torch.full_like(hits, len(x)).double()])
 
 
 def update(state: State, norm: Tensor, seen: Tensor, *, ranks: Ranks, decay: float | None) -> Verdict | None:

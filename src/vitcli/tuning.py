@@ -30,9 +30,9 @@ from vitcli.models import VisionTransformer, build_model
 __all__ = ["Choice", "choose_settings", "worth_measuring"]
 
 FORMAT_VERSION = 1  # goes into the key: raise it when what is measured, or how one is chosen, changes
-CLEARLY = 1.05  # times as fast: less may be noise
+CLEARLY = 1.1  # times as fast: less may be noise
 LONG_RUN_SECONDS = 180.0  # shorter runs are over before a measurement has paid
-SMALLEST = {"cpu": 8, "cuda": 32}  # images at once that are tried
+SMALLEST = {"cpu": 8, "cuda": 32}  # images at once that are tried, in each lane
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def choose_settings(
     if kept is not None:
         return kept
     started = time.perf_counter()
-    sizes = [micro_batch_size] if micro_batch_size is not None else sizes_to_try(largest, smallest=SMALLEST[device.type])
+    smallest = lanes * SMALLEST[device.type]
+    sizes = [micro_batch_size] if micro_batch_size is not None else sizes_to_try(largest, smallest=smallest)
     wanted = precisions_to_try(precision, device, width=model.width or 0)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         step = build_step(model, image_size=image_size, num_classes=num_classes, device=device, lanes=lanes)
@@ -169,30 +170,32 @@ def wait(device: torch.device) -> None:
 
 
 def measure(step: Step, candidates: Sequence[Candidate], budget_seconds: float) -> dict[Candidate, float]:
-    """Return images/s of each candidate that fits into memory and time, taking turns; the first call of each is not counted."""
+    """Return images/s of each candidate that fits into the time, taking turns; 0 where memory did not suffice.
+
+    The first call of each is not counted.
+    """
     end = time.perf_counter() + budget_seconds
+    rates: dict[Candidate, float] = {}
     times: dict[Candidate, list[float]] = {}
     slowest_image = 0.0  # seconds
     for candidate in sorted(candidates, key=lambda each: each[1]):
         if time.perf_counter() + 3 * slowest_image * candidate[1] > end:
             break
-        with contextlib.suppress(torch.OutOfMemoryError):
+        try:
             slowest_image = max(step(*candidate) / candidate[1], slowest_image)
             times[candidate] = []
+        except torch.OutOfMemoryError:
+            rates[candidate] = 0.0
     while times and time.perf_counter() < end:
         for candidate, found in times.items():
             found.append(step(*candidate))
-            if time.perf_counter() > end and all(times.values()):
-                break
-    return {candidate: candidate[1] / statistics.median(found) for candidate, found in times.items() if found}
+    return rates | {candidate: candidate[1] / statistics.median(found) for candidate, found in times.items() if found}
 
 
 def choose(rates: dict[Candidate, float], *, default: Candidate) -> Candidate:
-    """Return the fastest candidate, or the default where the fastest is not clearly faster than it."""
-    if not rates:
-        return default
-    best = max(rates, key=lambda candidate: rates[candidate])
-    return default if default in rates and rates[best] < CLEARLY * rates[default] else best
+    """Return the fastest candidate if it is clearly faster than the default; without a measurement of that, the default."""
+    best = max(rates, key=lambda candidate: rates[candidate], default=default)
+    return best if default in rates and rates[best] >= CLEARLY * rates[default] else default
 
 
 # ---------------------------------------------------------------- kept for the next run

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import defaultdict
@@ -142,7 +143,8 @@ class Meter:
         try:
             yield
         finally:
-            self.phases[name] += time.perf_counter() - before
+            if threading.current_thread() is threading.main_thread():  # of several lanes, one
+                self.phases[name] += time.perf_counter() - before
 
     def timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,8 @@ VARIANTS = {
 }
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=1_000_000)]  # of a layer or an image; more is a slip of the finger
+Length = Annotated[int, Field(ge=1, le=10**15)]  # images or steps
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -55,8 +57,8 @@ def as_pair(value: Any) -> Any:
     return value
 
 
-Sides = tuple[PositiveInt, PositiveInt]
-ImageSize = Annotated[Sides, BeforeValidator(as_pair, json_schema_input_type=PositiveInt | Sides)]  # (height, width), px
+Sides = tuple[Size, Size]
+ImageSize = Annotated[Sides, BeforeValidator(as_pair, json_schema_input_type=Size | Sides)]  # (height, width), px
 
 
 def machine(default: Any, description: str, **rules: Any) -> Any:
@@ -85,12 +87,12 @@ class ModelConfig(Section):
         None,
         description="size and patch by name, such as B/16; as an override it replaces a file's sizes",
     )
-    patch_size: PositiveInt | None = Field(None, description="side of a square patch, px; divides both image sides")
-    width: PositiveInt | None = Field(None, description="hidden size D; a multiple of num_heads")
-    depth: PositiveInt | None = Field(None, description="number of Transformer blocks")
-    mlp_dim: PositiveInt | None = Field(None, description="hidden size of the MLP blocks; default 4 x width")
-    num_heads: PositiveInt | None = Field(None, description="attention heads")
-    representation_size: PositiveInt | Literal["width"] | None = Field(
+    patch_size: Size | None = Field(None, description="side of a square patch, px; divides both image sides")
+    width: Size | None = Field(None, description="hidden size D; a multiple of num_heads")
+    depth: Annotated[int, Field(ge=1, le=1_000)] | None = Field(None, description="number of Transformer blocks")
+    mlp_dim: Size | None = Field(None, description="hidden size of the MLP blocks; default 4 x width")
+    num_heads: Size | None = Field(None, description="attention heads")
+    representation_size: Size | Literal["width"] | None = Field(
         None, description="hidden tanh layer before the head at pretraining; 'width' as in the paper, null for none"
     )
     pool: Literal["token", "gap"] = Field("token", description="read the class token, or average all patch tokens")
@@ -206,10 +208,10 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, in what portions, towards which loss."""
 
-    steps: PositiveInt | None = Field(None, description="length of the run; give steps, epochs or examples")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length in passes over the training split")
-    examples: PositiveInt | None = Field(None, description="length in images seen")
-    batch_size: PositiveInt = Field(256, description="images per step, over all devices")
+    steps: Length | None = Field(None, description="length of the run; give steps, epochs or examples")
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = Field(None, description="length in passes over the training split")
+    examples: Length | None = Field(None, description="length in images seen")
+    batch_size: Annotated[int, Field(ge=1, le=10**8)] = Field(256, description="images per step, over all devices")
     micro_batch_size: PositiveInt | None = Field(
         None, description="images a device holds at a time; gradients accumulate over the rest"
     )

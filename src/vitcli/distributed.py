@@ -506,7 +506,10 @@ def recompute_in_backward(block: nn.Module) -> None:
     block.forward = forward_again
 
 
-def sum_bucket(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def sum_bucket(
+    state: None,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # DDP insists on this annotation, which torch hides from mypy
+) -> torch.futures.Future[Tensor]:
     """Sum a bucket of gradients over the ranks; DDP's own hook would average."""
     del state
     work = dist.all_reduce(bucket.buffer(), async_op=True)

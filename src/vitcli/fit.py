@@ -77,6 +77,11 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
         except NotFinite as found:  # a run that goes back is one that is resumed: everything is built anew, from the disk
             roll_back(job, found, say=say)
         except RuntimeError as error:
+            if str(error).startswith("DataLoader worker"):  # raised wherever the training was: nothing of it can be saved
+                raise UserError(
+                    f"{job.config.out}: a loader process ended unexpectedly, perhaps for want of memory (data.workers="
+                    f"{job.config.data.workers}; fewer need less); the same command goes on from the last checkpoint"
+                ) from error
             if not is_out_of_memory(error):
                 raise
             raise UserError(

@@ -433,7 +433,7 @@ def in_processes(
                 worker_init_fn=prepare_worker,
                 generator=torch.Generator(),  # its own: the default one's state belongs to the model
             )
-            batches = iter(loader)
+            batches: Any = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
@@ -442,7 +442,10 @@ def in_processes(
                 raise item
             yield item
     finally:
-        del batches  # the last reference: ends the processes
+        batches._shutdown_workers()  # by itself it waits for the last reference, which an exception on its way holds
+        for process in batches._workers:
+            if process.is_alive():  # one died, and the others wait for it; SIGTERM means nothing to them
+                process.kill()
 
 
 def prepare_worker(worker: int) -> None:

@@ -63,7 +63,7 @@ def finetune(
     recipe = None
     if config_path is None:
         # a first reading, for the data and the run directory it names; the numbers stand in for the recipe's
-        draft_length = {"steps": 1 << 40, "batch_size": 1 << 40}
+        draft_length = {"steps": 1 << 40, "batch_size": 1 << 26}
         draft, _ = read_config(None, overrides, base={**facts, "train": draft_length}, base_name="checkpoint")
         assert draft.out is not None
         # a resumed run keeps its recipe, also on another machine

@@ -230,9 +230,10 @@ def ours(job: Job, meter: Meter) -> None:
         )
         if job.evaluate:
             ours_evaluate(config, job, meter)
-        real: Any = fit.train_batches
-        fit.train_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
-        fit.VisionTransformer.forward = meter.timed("forward", fit.VisionTransformer.forward)  # type: ignore[method-assign]
+        room: Any = fit  # whose names are replaced
+        real, model = room.train_batches, room.VisionTransformer
+        room.train_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
+        model.forward = meter.timed("forward", model.forward)
         train.pretrain(config, [], dry_run=False, say=lambda text: None)
 
 
@@ -253,8 +254,9 @@ def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     net = build_model(config.model, image_size=config.data.image_size, num_classes=CLASSES).to(job.device)
     net.forward = meter.timed("forward", net.forward)  # type: ignore[method-assign]
-    real: Any = fit.eval_batches
-    fit.eval_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
+    room: Any = fit  # whose names are replaced
+    real = room.eval_batches
+    room.eval_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
     while True:
         fit.evaluate_source(
             net,
@@ -467,7 +469,7 @@ def transformers(job: Job, meter: Meter) -> None:
             num_labels=CLASSES,
         )
     )
-    net.forward = meter.timed("forward", net.forward)  # type: ignore[method-assign]
+    net.forward = meter.timed("forward", net.forward)
 
     class Counted(Trainer):
         def get_train_dataloader(self) -> Any:
@@ -546,7 +548,7 @@ def limit(job: Job) -> float:
             products += [(dy, weight), (dy.T, x)]
         for a, b in products:
             out = torch.empty(a.shape[0], b.shape[1], dtype=job.dtype, device=job.device)
-            times = []
+            times: list[float] = []
             until = time.perf_counter() + job.seconds / 12
             while len(times) < 4 or time.perf_counter() < until:
                 before = time.perf_counter()

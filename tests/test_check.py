@@ -476,6 +476,4 @@ def test_linked_groups() -> None:
 
 def test_shards_that_are_not_there_are_no_damaged_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of these 3 shards is there"):
-        read_shards(
-            f"{tmp_path}/a-{{0..2}}.tar", splits=["train"], label_key="label", cache_dir=tmp_path, remote_cache_gib=1.0
-        )
+        read_shards(f"{tmp_path}/a-{{0..2}}.tar", splits=["train"], label_key="label", cache_dir=tmp_path, remote_cache_gib=1.0)

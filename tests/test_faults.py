@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,7 @@ def test_files_may_not_grow(victim: Victim, chance: random.Random) -> None:
         victim.go_on(step).process.kill()
         victim.attempts[-1].end()
         limit = chance.randrange(largest // 2, largest)
-        attempt = victim.start(before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        attempt = victim.start(before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)))
         failed(attempt, "File too large")
         victim.hurt("file size limit (RLIMIT_FSIZE)")
     victim.finish()

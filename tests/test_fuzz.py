@@ -781,9 +781,9 @@ def test_bombs(tmp_path: Path, saved: Path) -> None:
     objects = io.BytesIO()
     np.save(objects, np.array([Payload(trap)], object), allow_pickle=True)
     for name in ("starts.npy", "counts.npy", "labels.npy"):
-        for content in (array.getvalue(), objects.getvalue(), b"", pickle.dumps(Payload(trap))):
+        for stored in (array.getvalue(), objects.getvalue(), b"", pickle.dumps(Payload(trap))):
             folder = Path(shutil.copytree(index, tmp_path / f"index-{len(bombs)}"))
-            (folder / name).write_bytes(content)
+            (folder / name).write_bytes(stored)
             bombs.append(("index", folder))
 
     for size in ((50_000, 50_000), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1)):
@@ -802,17 +802,17 @@ def test_bombs(tmp_path: Path, saved: Path) -> None:
     add("weights", (1 << 60).to_bytes(8, "little") + b"{")
     add("weights", (200_000).to_bytes(8, "little") + b"[" * 200_000)
     add("weights", pickle.dumps(Payload(trap)))
-    for name, content in (
+    for file, payload in (
         ("optimizer.pt", pickle.dumps(Payload(trap))),
         ("manifest.json", b"[" * 100_000),
         ("model.safetensors", (1 << 62).to_bytes(8, "little")),
     ):
         place = Path(shutil.copytree(saved, tmp_path / f"checkpoint-{len(bombs)}" / saved.name))
-        (place / name).write_bytes(content)
-        if name != "manifest.json":
+        (place / file).write_bytes(payload)
+        if file != "manifest.json":
             manifest = json.loads((saved / "manifest.json").read_text())
             del manifest["sha256"]
-            manifest["files"][name] = {"bytes": len(content), "sha256": checkpoint.sha256_of(place / name)}
+            manifest["files"][file] = {"bytes": len(payload), "sha256": checkpoint.sha256_of(place / file)}
             (place / "manifest.json").write_text(sign(manifest))
         bombs.append(("checkpoint", place))
 

@@ -1,6 +1,7 @@
 """Portions side by side: the gradients of one lane, whatever thread was faster."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_modes_are_the_models(lanes: Lanes) -> None:
 
 
 def test_frozen_parameters_stay_frozen() -> None:
-    model = build_model()
+    model: Any = build_model()
     model[0].weight.requires_grad_(False)
     assert [p.requires_grad for p in twin(model).parameters()] == [False, True, True, True]
 

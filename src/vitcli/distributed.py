@@ -522,14 +522,15 @@ def shard(
 ) -> None:
     """Split parameters, gradients and optimiser states over the ranks with FSDP2; each block moves to the device in its turn.
 
-    Blocks are sent in the compute type, which halves the traffic of bf16; activations between them, and what lies outside
-    (embeddings, last norm, head), stay float32 as under autocast in one process. Gradients are summed in float32.
+    On a GPU blocks are sent in the compute type, which halves the traffic of bf16; activations between them, and what lies
+    outside (embeddings, last norm, head), stay float32 as under autocast in one process. Gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (ranks,))
-    low = None if compute_dtype == torch.float32 else compute_dtype
+    # a CPU's layer norm takes no bf16 weights with float32 inputs, and autocast does not help it as it does on a GPU
+    low = None if compute_dtype == torch.float32 or device.type == "cpu" else compute_dtype
     for part, dtype in [*((block, low) for block in blocks), (model, None)]:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, mp_policy=policy)

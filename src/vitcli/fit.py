@@ -207,6 +207,7 @@ def roll_back(job: Job, found: NotFinite, *, say: Callable[[str], None]) -> None
     if job.ranks.main:
         # not one that an interruption left between: the path must not depend on when a run was stopped
         every = job.config.log.checkpoint_every_steps
+        assert every is not None
         back_to = latest_checkpoint(out, up_to=found.streak.first_step, every_steps=every, say=say)
         step = 0 if back_to is None else step_of(back_to)
         try:

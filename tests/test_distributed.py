@@ -106,7 +106,7 @@ def train(
     update = build_optimizer(OptimConfig.model_validate({"name": optimizer, "lr": lr, "weight_decay": 0.1}), model)
     trained = Trained(engine, update, ema_start(model), [], [])
     if start:
-        engine.load_states(saved, update, trained.ema)
+        engine.load_states(None if saved is None else copy_of(saved), update, trained.ema)
     for step in range(start, start + steps):
         images, labels = batch_of(step)
         update.zero_grad(set_to_none=True)
@@ -196,7 +196,6 @@ def check_training(ranks: Ranks) -> None:
     settings: list[tuple[Parallel, dict[str, Any]]] = [
         ("ddp", {}),
         ("ddp", {"overlap": True}),
-        ("ddp", {"recompute": True}),
         ("fsdp", {}),
         ("fsdp", {"recompute": True}),
     ]
@@ -214,9 +213,9 @@ def check_training(ranks: Ranks) -> None:
 
 def check_optimizers(ranks: Ranks) -> None:
     for name in ("adamw", "adam", "muon"):
-        alone = train(SOLO, "single", optimizer=name, steps=3)
+        alone = train(SOLO, "single", optimizer=name, steps=2)
         for parallel in ("ddp", "fsdp"):
-            together = train(ranks, parallel, optimizer=name, steps=3)  # type: ignore[arg-type]
+            together = train(ranks, parallel, optimizer=name, steps=2)  # type: ignore[arg-type]
             assert_near(together.losses, alone.losses, rel=1e-5, of=(name, parallel))
 
 
@@ -230,28 +229,20 @@ def check_precision(ranks: Ranks) -> None:
 
 
 def check_states(ranks: Ranks) -> None:
-    """What any number of processes saved, any number loads."""
-    for name in ("adamw", "muon"):
-        alone = train(SOLO, "single", optimizer=name)
-        saved_alone = alone.states()
-        expected = train(SOLO, "single", optimizer=name, start=4, saved=saved_alone).states()
-        assert saved_alone is not None and expected is not None
-        savers: list[Parallel] = ["ddp", "fsdp"]
-        for saver in savers:
-            saved = train(ranks, saver, optimizer=name, steps=1, start=3, saved=three_steps(name, ranks)).states()
-            for loader in savers:
-                found = train(ranks, loader, optimizer=name, start=4, saved=saved).states()
-                if found is not None:
-                    assert_close(found, expected, atol=1e-4)  # Adam divides by gradients near zero
+    """What any number of processes saved, any number loads, bit for bit, and goes on from."""
+    for name in ("sgd", "adamw", "muon"):
+        alone = train(SOLO, "single", optimizer=name, steps=2)
+        first = alone.states()
+        expected = train(SOLO, "single", optimizer=name, steps=2, start=2, saved=first)
+        kinds: list[Parallel] = ["ddp", "fsdp"]
+        for saver in kinds:
+            saved = train(ranks, saver, optimizer=name, steps=0, start=2, saved=first if ranks.main else None).states()
             if saved is not None:
-                found = train(SOLO, "single", optimizer=name, start=4, saved=saved).states()
-                assert found is not None
-                assert_close(found, expected, atol=1e-4)
-
-
-def three_steps(name: str, ranks: Ranks) -> States | None:
-    states = train(SOLO, "single", optimizer=name, steps=3).states()
-    return states if ranks.main else None
+                assert first is not None
+                assert_close(saved, first, atol=0)
+        for loader in kinds:
+            found = train(ranks, loader, optimizer=name, steps=2, start=2, saved=first if ranks.main else None)
+            assert_near(found.losses, expected.losses, rel=1e-4, of=(name, loader))
 
 
 def check_full_states_are_torchs(ranks: Ranks) -> None:
@@ -311,11 +302,10 @@ def check_evaluation(ranks: Ranks) -> None:
 
     sharded = build(classes=10)
     Engine(sharded, blocks=list(sharded.blocks), input_shape=(3, *SIZE), parallel="fsdp", ranks=ranks, device=CPU)
-    for batch_size in (1, 32, 40, len(source), 1000):  # as many batches for each, one more for rank 1, none for rank 0
+    for batch_size in (7, 32, 40, len(source), 1000):  # as many batches for each, one more for rank 1, none for rank 0
         alone = judge(SOLO, model, batch_size)
         assert judge(ranks, model, batch_size) == alone, batch_size
-        if batch_size > 1:
-            assert judge(ranks, sharded, batch_size) == alone, batch_size
+        assert judge(ranks, sharded, batch_size) == alone, batch_size
 
     def broken() -> Iterator[dict[str, Tensor]]:
         batch = {"images": torch.zeros(2, 3, *SIZE, dtype=torch.uint8), "labels": torch.zeros(2, dtype=torch.int64)}

@@ -397,6 +397,8 @@ class Engine:
     def load_states(self, saved: States | None, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor] | None) -> None:
         """Fill model, optimiser and averages from rank 0's states; whoever saved them, in however many parts.
 
+        The optimiser may keep tensors of `saved` as its own.
+
         Raises:
             CheckpointError: tensors of other names or shapes.
         """

@@ -48,7 +48,8 @@ def build_optimizer(section: OptimConfig, model: nn.Module) -> torch.optim.Optim
         return torch.optim.AdamW(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
     if section.name == "adam":
         return torch.optim.Adam(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
-    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=True)
+    split = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # by FSDP; torch has no fused SGD for it
+    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=not split)
 
 
 def split_matrices(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,12 +117,29 @@ class Muon(torch.optim.AdamW):
             same_shape.setdefault(parameter.shape, []).append((parameter, ahead))
         for (rows, columns), pairs in same_shape.items():
             rows //= group["orthogonal"]
-            matrices = torch.stack([ahead for _, ahead in pairs]).reshape(-1, rows, columns)
+            matrices = torch.stack([whole(ahead) for _, ahead in pairs]).reshape(-1, rows, columns)
             directions = orthogonal_factor(matrices).reshape(len(pairs), -1, columns)
             parameters = [parameter for parameter, _ in pairs]
             torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
             scale = 0.2 * math.sqrt(max(rows, columns))
-            torch._foreach_add_(parameters, list(directions.unbind()), alpha=-group["lr"] * scale)
+            moves = [part_like(direction, parameter) for direction, parameter in zip(directions.unbind(), parameters)]
+            torch._foreach_add_(parameters, moves, alpha=-group["lr"] * scale)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this process may hold a part (FSDP's DTensor); all processes must call it then."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor, which every process has, that `like` is in this one."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor  # takes a second to import
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def orthogonal_factor(matrices: Tensor) -> Tensor:
@@ -181,7 +199,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     None leaves the gradients as they are. Parameters without a gradient are skipped. The number stays on the device.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -190,7 +208,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
 @torch.no_grad()
 def weight_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Return the global 2-norm of the parameters, a 0-d tensor on their device."""
-    return torch.nn.utils.get_total_norm(list(parameters))
+    return whole(torch.nn.utils.get_total_norm(list(parameters)))
 
 
 def ema_start(model: nn.Module) -> dict[str, Tensor]:

@@ -186,11 +186,6 @@ def build_plan(
         activation_bytes=activations,
         memory_bytes=memory_bytes(device),
     )
-    if parallel == "fsdp" and config.optim.name == "muon":
-        raise ConfigError(
-            "optim.name is muon, which needs whole matrices; train.parallel=fsdp (or auto, for want of memory) splits them: "
-            "take adamw, or train.parallel=ddp"
-        )
     memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + activations
     hidden = config.model.representation_size
     assert hidden != "width"  # resolved

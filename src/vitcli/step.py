@@ -26,7 +26,7 @@ from vitcli.recovery import LossScale, Verdict, judge
 __all__ = ["Outcome", "State", "classification_loss", "is_out_of_memory", "soft_targets", "train_step"]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SKIPPING = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # fused, on a GPU
+SKIPPING = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # where fused, on a GPU
 
 
 @dataclass
@@ -180,7 +180,7 @@ def backward(
 def update(state: State, norm: Tensor, seen: Tensor, *, ranks: Ranks, decay: float | None) -> Verdict | None:
     """Change weights, optimiser, average and loss scale as the gradient norm allows; say what it was, where that is known."""
     verdict: Verdict | None = None
-    if norm.is_cuda and state.scale is None and type(state.optimizer) in SKIPPING:
+    if norm.is_cuda and state.scale is None and skips(state.optimizer):
         # These leave everything as it is where this number is 1, so nobody has to wait for it.
         optimizer: Any = state.optimizer
         optimizer.found_inf = (~norm.isfinite()).float()
@@ -199,6 +199,11 @@ def update(state: State, norm: Tensor, seen: Tensor, *, ranks: Ranks, decay: flo
     if state.ema is not None and decay is not None:
         ema_update(state.ema, state.model, decay)
     return verdict
+
+
+def skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimiser looks at `found_inf` by itself."""
+    return type(optimizer) in SKIPPING and all(group["fused"] for group in optimizer.param_groups)
 
 
 def largest_share(config: Config, number: int, ranks: Ranks) -> int:

@@ -156,6 +156,7 @@ def on_main(ranks: Ranks, do: Callable[[], Value]) -> Value:
             value = do()
         except UserError as error:
             problem = error
+    ranks.wait_for_main()  # which may download, decode or index for hours
     ranks.agree(problem)
     return cast(Value, ranks.broadcast(value))
 

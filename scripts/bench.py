@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vitcli.config import resolve_model
 from vitcli.config_file import load_config
 from vitcli.device import choose_device, choose_precision, hardware, keep_freed_memory
+from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.optim import build_optimizer
 

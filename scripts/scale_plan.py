@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitcli.config import parse_variant
+from vitcli.model_config import parse_variant
 
 Parallel = Literal["ddp", "fsdp"]
 PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp")

@@ -13,7 +13,8 @@ from vitcli import config
 SRC = Path(__file__).parents[1] / "src" / "vitcli"
 # Lowest first. A leaf may import lower rooms only; a room from `weights` up may import its neighbours, without circles.
 LAYERS = (
-    {"__init__", "errors", "randomness"},
+    {"__init__", "errors", "randomness", "section"},
+    {"model_config"},
     {"config"},
     {"config_file"},
     {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"},
@@ -24,7 +25,7 @@ LAYERS = (
     {"cli", "cli_data", "cli_options"},
     {"__main__"},
 )
-LEAVES = LAYERS[3]
+LEAVES = LAYERS[4]
 LAZY = ("torch", "torchvision", "numpy", "sklearn", "tensorboard")  # seconds to import, so never for `vit --help`
 
 

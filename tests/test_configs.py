@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from vitcli.config import Config, resolve_model
+from vitcli.config import Config
 from vitcli.config_file import dump_config, load_config
 from vitcli.errors import ConfigError
+from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.recipes import finetune_recipe
 

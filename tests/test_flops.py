@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitcli.config import parse_variant
+from vitcli.model_config import parse_variant
 from vitcli.models.flops import activation_bytes, forward_flops
 from vitcli.models.vit import VisionTransformer
 

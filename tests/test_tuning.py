@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitcli import tuning
-from vitcli.config import ModelConfig
+from vitcli.model_config import ModelConfig
 from vitcli.tuning import Choice, choose, choose_settings, measure, sizes_to_try, worth_measuring
 
 MODEL = ModelConfig(patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=2)

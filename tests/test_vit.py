@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from vitcli.config import VARIANTS, ModelConfig, parse_variant
+from vitcli.model_config import VARIANTS, ModelConfig, parse_variant
 from vitcli.models import build_model
 from vitcli.models.vit import VisionTransformer, attend, sincos2d_positions
 

@@ -5,12 +5,14 @@ them; the root goes to none of the leaves. `null` means "chosen when the run is 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field
+
+from vitcli.model_config import ModelConfig
+from vitcli.section import Count, Fraction, ImageSize, Length, PositiveInt, Section, machine
 
 __all__ = [
-    "VARIANTS",
     "AugmentConfig",
     "Config",
     "DataConfig",
@@ -19,89 +21,9 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ShapesConfig",
+    "Section",
     "TrainConfig",
-    "parse_variant",
-    "resolve_model",
 ]
-
-# name: (width, depth, mlp_dim, num_heads); ViT (2010.11929) Table 1, AugReg (2106.10270) and big_vision's decode_variant
-VARIANTS = {
-    "mu": (32, 1, 128, 2),
-    "Ti": (192, 12, 768, 3),
-    "S": (384, 12, 1536, 6),
-    "M": (512, 12, 2048, 8),
-    "B": (768, 12, 3072, 12),
-    "L": (1024, 24, 4096, 16),
-    "So400m": (1152, 27, 4304, 16),
-    "H": (1280, 32, 5120, 16),
-    "g": (1408, 40, 6144, 16),
-    "g-opt": (1536, 40, 6144, 16),
-    "G": (1664, 48, 8192, 16),
-    "G-opt": (1536, 48, 8192, 16),
-    "e": (1792, 56, 15360, 16),
-}
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=1, le=1_000_000)]  # of a layer or an image; more is a slip of the finger
-Length = Annotated[int, Field(ge=1, le=10**15)]  # images or steps
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-def as_pair(value: Any) -> Any:
-    """Read one side as a square: 224 means (224, 224)."""
-    if isinstance(value, int):
-        return (value, value)
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError("one number for a square, or two: [height, width]")
-    return value
-
-
-Sides = tuple[Size, Size]
-ImageSize = Annotated[Sides, BeforeValidator(as_pair, json_schema_input_type=Size | Sides)]  # (height, width), px
-
-
-def machine(default: Any, description: str, **rules: Any) -> Any:
-    """Declare a setting that cannot change a result, so a resumed run may change it."""
-    return Field(default=default, description=description, json_schema_extra={"may_change_on_resume": True}, **rules)
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where they would silently become 1 and 0."""
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("something else than true or false")
-        return value
-
-
-class ModelConfig(Section):
-    """The architecture: a variant by name, or explicit sizes; explicit sizes win over the variant's."""
-
-    variant: str | None = Field(
-        None,
-        description="size and patch by name, such as B/16; as an override it replaces a file's sizes",
-    )
-    patch_size: Size | None = Field(None, description="side of a square patch, px; divides both image sides")
-    width: Size | None = Field(None, description="hidden size D; a multiple of num_heads")
-    depth: Annotated[int, Field(ge=1, le=1_000)] | None = Field(None, description="number of Transformer blocks")
-    mlp_dim: Size | None = Field(None, description="hidden size of the MLP blocks; default 4 x width")
-    num_heads: Size | None = Field(None, description="attention heads")
-    representation_size: Size | Literal["width"] | None = Field(
-        None, description="hidden tanh layer before the head at pretraining; 'width' as in the paper, null for none"
-    )
-    pool: Literal["token", "gap"] = Field("token", description="read the class token, or average all patch tokens")
-    pos_embed: Literal["learned", "sincos2d"] = Field("learned", description="learned 1-D or fixed 2-D sin-cos positions")
-    dropout: Fraction = Field(0.0, description="after every dense layer but qkv, and after adding positions (paper B.1)")
-    attention_dropout: Fraction = Field(0.0, description="on the attention weights")
-    gelu: Literal["tanh", "exact"] = Field("tanh", description="the original uses the tanh approximation")
-    layer_norm_eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="epsilon of every LayerNorm")
-    head_bias: float = Field(0.0, description="initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss")
 
 
 class ShapesConfig(Section):
@@ -276,39 +198,3 @@ class Config(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     log: LogConfig = Field(default_factory=LogConfig)
-
-
-def parse_variant(variant: str) -> dict[str, int]:
-    """Turn a name such as "B/16" into width, depth, mlp_dim, num_heads and patch_size.
-
-    Raises:
-        ValueError: the name is not NAME/PATCH with a known NAME.
-    """
-    name, slash, patch = variant.partition("/")
-    if name not in VARIANTS or not slash or not (patch.isascii() and patch.isdigit()) or int(patch) == 0:
-        raise ValueError(
-            f"{variant!r} is not a variant; expected NAME/PATCH such as B/16, with NAME one of {', '.join(VARIANTS)}"
-        )
-    width, depth, mlp_dim, num_heads = VARIANTS[name]
-    return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "patch_size": int(patch)}
-
-
-def resolve_model(model: ModelConfig) -> ModelConfig:
-    """Return the section with every size a number: explicit sizes first, then the variant's, then mlp_dim = 4 x width.
-
-    Raises:
-        ValueError: the variant is unknown, or a size is neither given nor implied.
-    """
-    sizes: dict[str, int | None] = dict(parse_variant(model.variant)) if model.variant else {}
-    for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
-        given = getattr(model, key)
-        sizes[key] = given if given is not None else sizes.get(key)
-    if sizes["mlp_dim"] is None and sizes["width"] is not None:
-        sizes["mlp_dim"] = 4 * sizes["width"]
-    missing = [key for key, value in sizes.items() if value is None]
-    if missing:
-        raise ValueError(
-            f"needs {', '.join(missing)}; give a variant such as B/16, or all of patch_size, width, depth, num_heads"
-        )
-    hidden = sizes["width"] if model.representation_size == "width" else model.representation_size
-    return model.model_copy(update={**sizes, "representation_size": hidden})

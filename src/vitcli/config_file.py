@@ -14,8 +14,9 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vitcli.config import Config, ModelConfig, resolve_model
+from vitcli.config import Config
 from vitcli.errors import ConfigError
+from vitcli.model_config import SIZES, ModelConfig, model_problem, resolve_model
 
 __all__ = ["Layers", "check_config", "dump_config", "flatten", "load_config", "read_config", "setting_keys", "stored_config"]
 
@@ -78,7 +79,7 @@ class Layers:
             if self.origins.get("optim.warmup_steps") == self.base_name:
                 self.values.pop("optim.warmup_steps", None)  # a recipe's warm-up belongs to the recipe's length
         if values.get("model.variant") is not None:
-            for size in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
+            for size in SIZES:
                 self.values.pop(f"model.{size}", None)  # a variant replaces the sizes of weaker layers
         for key, value in values.items():
             for old in [k for k in self.values if k.startswith(key + ".") or key.startswith(k + ".")]:
@@ -351,23 +352,10 @@ def check_model(model: ModelConfig, image_size: tuple[int, int], layers: Layers)
     except ValueError as error:
         key = "model.variant" if model.variant else "model"
         raise ConfigError(f"{layers.where(key)}: {key} {error}") from None
-    assert sizes.patch_size and sizes.width and sizes.num_heads
-    height, width = image_size
-    if height % sizes.patch_size or width % sizes.patch_size:
-        raise ConfigError(
-            f"{layers.where('data.image_size')}: data.image_size is {height} x {width}, which patches of {sizes.patch_size} px "
-            f"do not divide; use multiples of {sizes.patch_size}, or another model.patch_size"
-        )
-    if sizes.width % sizes.num_heads:
-        raise ConfigError(
-            f"{layers.where('model.num_heads')}: model.width is {sizes.width}, "
-            f"which model.num_heads ({sizes.num_heads}) does not divide"
-        )
-    if sizes.pos_embed == "sincos2d" and (sizes.width % 4 or sizes.width < 8):
-        raise ConfigError(
-            f"{layers.where('model.pos_embed')}: model.pos_embed sincos2d needs a width of 8 or more "
-            f"that 4 divides, not {sizes.width}"
-        )
+    problem = model_problem(sizes, image_size)
+    if problem is not None:
+        key, what = problem
+        raise ConfigError(f"{layers.where(f'model.{key}')}: model.{key} {what}")
 
 
 def read_config(

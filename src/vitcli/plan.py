@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from vitcli.config import Config, ModelConfig, resolve_model
+from vitcli.config import Config
 from vitcli.device import choose_precision, hardware, memory_bytes
 from vitcli.distributed import SOLO, Parallel, Ranks, choose_parallel
 from vitcli.errors import ConfigError
 from vitcli.lanes import choose_lanes
+from vitcli.model_config import ModelConfig, resolve_model
 from vitcli.models import build_model
 from vitcli.models.flops import activation_bytes, forward_flops
 from vitcli.optim import lr_at

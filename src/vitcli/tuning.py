@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcli.config import ModelConfig
 from vitcli.data.cache import default_cache_dir
 from vitcli.device import choose_precision, flops_per_second, hardware
 from vitcli.lanes import Lanes
+from vitcli.model_config import ModelConfig
 from vitcli.models import VisionTransformer, build_model
 
 __all__ = ["Choice", "choose_settings", "worth_measuring"]

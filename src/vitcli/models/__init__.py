@@ -1,6 +1,6 @@
 """Architectures, and `build_model`, which makes one from the config's `model` section."""
 
-from vitcli.config import ModelConfig
+from vitcli.model_config import ModelConfig
 from vitcli.models.vit import VisionTransformer
 
 __all__ = ["VisionTransformer", "build_model"]

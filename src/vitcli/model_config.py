@@ -1,0 +1,225 @@
+"""The `model` section: a Transformer, one after a ResNet stem, or a ResNet; by a variant's name or by sizes, with options."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from vitcli.section import Fraction, Section, Size
+
+__all__ = ["RESNET_UNITS", "SIZES", "VARIANTS", "ModelConfig", "model_problem", "parse_variant", "resolve_model", "stem_stride"]
+
+# name: (width, depth, mlp_dim, num_heads); ViT (2010.11929) Table 1, AugReg (2106.10270) and big_vision's decode_variant
+VARIANTS = {
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
+}
+# layers: units of each block; big_vision's bit.get_block_desc, and 14 as the smallest of the kind
+RESNET_UNITS = {
+    14: (1, 1, 1, 1),
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+SIZES = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "kind", "resnet_units", "resnet_width")  # a variant gives
+# options that say nothing about a ResNet, with the value that leaves them out
+TRANSFORMER_ONLY = (
+    *("representation_size", "pool", "pos_embed", "pos_embed_at", "attention", "registers", "layer_scale", "qk_norm"),
+    *("stochastic_depth", "patch_dropout", "dropout", "attention_dropout", "gelu", "layer_norm_eps"),
+)
+
+
+class ModelConfig(Section):
+    """The architecture: a variant by name, or explicit sizes; explicit sizes win over the variant's."""
+
+    variant: str | None = Field(
+        None,
+        description="size and patch by name, such as B/16, R50+B/16 or R50x1; as an override it replaces a file's sizes",
+    )
+    kind: Literal["vit", "resnet"] | None = Field(
+        None, description="a Vision Transformer, or a BiT ResNet to compare with; null takes the variant's, else vit"
+    )
+    patch_size: Size | None = Field(
+        None, description="side of a square patch, px, or of the stem's output where there is one; divides both sides"
+    )
+    width: Size | None = Field(None, description="hidden size D; a multiple of num_heads")
+    depth: Annotated[int, Field(ge=1, le=1_000)] | None = Field(None, description="number of Transformer blocks")
+    mlp_dim: Size | None = Field(None, description="hidden size of the MLP blocks; default 4 x width")
+    num_heads: Size | None = Field(None, description="attention heads")
+    resnet_units: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000)], ...], Field(max_length=8)] | None = Field(
+        None, description="units of each block of a ResNet, or of the stem before a Transformer; [] is a stem's root alone"
+    )
+    resnet_width: Size | None = Field(None, description="channels of a ResNet's root: 64 x its width factor; default 64")
+    resnet_root: Literal["large", "small"] = Field(
+        "large", description="7x7 convolution and pooling, a quarter of the sides; or one 3x3 convolution, for small images"
+    )
+    weight_standardisation: Literal["auto", "std", "bit", "timm"] = Field(
+        "auto",
+        description="kernels divided by std + 1e-5 (auto for a stem), sqrt(var + 1e-10) (for a ResNet) or sqrt(var + 1e-8)",
+    )
+    group_norm_eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="epsilon of every GroupNorm; null takes 1e-5 in a ResNet and 1e-6 in a stem, as the originals"
+    )
+    representation_size: Size | Literal["width"] | None = Field(
+        None, description="hidden tanh layer before the head at pretraining; 'width' as in the paper, null for none"
+    )
+    pool: Literal["token", "gap", "map"] = Field(
+        "token", description="read the class token, average all patch tokens, or ask them with a learned query (MAP)"
+    )
+    pos_embed: Literal["none", "learned", "learned2d", "relative", "sincos2d"] = Field(
+        "learned", description="learned 1-D or 2-D, relative, fixed 2-D sin-cos positions, or none (paper D.4)"
+    )
+    pos_embed_at: Literal["stem", "every_layer", "shared"] = Field(
+        "stem", description="learned positions are added once, before every block anew, or the same ones before every block"
+    )
+    attention: Literal["full", "axial"] = Field(
+        "full", description="among all tokens; or along rows, MLP, along columns, MLP (paper D.6)"
+    )
+    registers: Annotated[int, Field(ge=0, le=1_000)] = Field(0, description="tokens without a patch or position (2309.16588)")
+    layer_scale: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="initial factor of each branch, learned per channel (2103.17239); null for none"
+    )
+    qk_norm: bool = Field(False, description="LayerNorm on each head's queries and keys (2302.05442)")
+    stochastic_depth: Fraction = Field(
+        0.0, description="how often the last block's branches are left out in training; rises linearly from 0 at the first"
+    )
+    patch_dropout: Fraction = Field(0.0, description="share of the patches left out in training")
+    dropout: Fraction = Field(0.0, description="after every dense layer but qkv, and after adding positions (paper B.1)")
+    attention_dropout: Fraction = Field(0.0, description="on the attention weights")
+    gelu: Literal["tanh", "exact"] = Field("tanh", description="the original uses the tanh approximation")
+    layer_norm_eps: Annotated[float, Field(gt=0)] = Field(1e-6, description="epsilon of every LayerNorm")
+    head_bias: float = Field(0.0, description="initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss")
+
+
+def parse_variant(variant: str) -> dict[str, Any]:
+    """Turn a name such as "B/16" into what it says: width, depth, mlp_dim, num_heads and patch_size.
+
+    "R50+B/16", a Transformer after a ResNet stem, also gives resnet_units and resnet_width; its patch_size is the side on the
+    stem's output, whose stride is 32, or 16 where the last of four blocks is folded into the third (paper 4.1, appendix B.1).
+    "R+Ti/16" is the stem's root alone with patches of 8, as published, though they are then 32 px wide. "R50x1" is a ResNet.
+
+    Raises:
+        ValueError: the name is not of one of these forms, with known sizes.
+    """
+    match = re.fullmatch(r"R(\d+)x(\d+)", variant, re.ASCII)
+    if match and int(match[1]) in RESNET_UNITS and 1 <= int(match[2]) <= 64:
+        return {"kind": "resnet", "resnet_units": RESNET_UNITS[int(match[1])], "resnet_width": 64 * int(match[2])}
+    match = re.fullmatch(r"(?:R(\d*)\+)?([A-Za-z]+[\w-]*)/(\d+)", variant, re.ASCII)
+    sizes = VARIANTS.get(match[2]) if match else None
+    patch_size = int(match[3]) if match and len(match[3]) < 7 else 0
+    units: tuple[int, ...] | None = None
+    if match and match[1] is not None and patch_size:
+        units = RESNET_UNITS.get(int(match[1])) if match[1] else ()
+        if not match[1]:
+            patch_size = 8 if patch_size == 16 else 0
+        elif units and patch_size == 16:
+            units, patch_size = (*units[:2], units[2] + units[3]), 1
+        else:
+            patch_size = patch_size // 32 if patch_size % 32 == 0 else 0
+        sizes = None if units is None else sizes
+    if sizes is None or not patch_size:
+        raise ValueError(
+            f"{variant!r} is not a variant; expected NAME/PATCH such as B/16, with NAME one of {', '.join(VARIANTS)}; "
+            "R50+B/16 with a ResNet stem, or R50x1 for a ResNet, with R14, R26, R50, R101, R152 or R200"
+        )
+    width, depth, mlp_dim, num_heads = sizes
+    result = {"kind": "vit", "width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
+    stem = {} if units is None else {"resnet_units": units, "resnet_width": 64}
+    return {**result, "patch_size": patch_size, **stem}
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """Return the section with every size a number: explicit sizes first, then the variant's, then mlp_dim = 4 x width.
+
+    Sizes that the kind of model does not have stay None.
+
+    Raises:
+        ValueError: the variant is unknown, or a size is neither given nor implied.
+    """
+    sizes: dict[str, Any] = parse_variant(model.variant) if model.variant else {}
+    sizes = {key: given if (given := getattr(model, key)) is not None else sizes.get(key) for key in SIZES}
+    sizes["kind"] = sizes["kind"] or "vit"
+    if sizes["resnet_units"] is not None and sizes["resnet_width"] is None:
+        sizes["resnet_width"] = 64
+    if sizes["kind"] == "resnet":
+        needed = ["resnet_units"]
+        advice = "give a variant such as R50x1, or resnet_units such as [3, 4, 6, 3]"
+    else:
+        needed = ["patch_size", "width", "depth", "num_heads"]
+        advice = "give a variant such as B/16, or all of patch_size, width, depth, num_heads"
+        if sizes["mlp_dim"] is None and sizes["width"] is not None:
+            sizes["mlp_dim"] = 4 * sizes["width"]
+    missing = [key for key in needed if sizes[key] is None]
+    if missing:
+        raise ValueError(f"needs {', '.join(missing)}; {advice}")
+    hidden = sizes["width"] if model.representation_size == "width" else model.representation_size
+    return model.model_copy(update={**sizes, "representation_size": hidden})
+
+
+def stem_stride(model: ModelConfig) -> int:
+    """Return how many image pixels one pixel of the ResNet's output is wide; 1 without one."""
+    if model.resnet_units is None:
+        return 1
+    return (4 if model.resnet_root == "large" else 1) * 2 ** max(0, len(model.resnet_units) - 1)
+
+
+def model_problem(model: ModelConfig, image_size: tuple[int, int]) -> tuple[str, str] | None:
+    """Say which setting of a resolved section makes no sense, by its key, and why; None where all do."""
+    if model.kind == "resnet":
+        return resnet_problem(model)
+    assert model.patch_size and model.width and model.num_heads
+    height, width = image_size
+    side = model.patch_size * stem_stride(model)
+    if height % side or width % side:
+        return "patch_size", f"is {model.patch_size}: data.image_size {height} x {width} is no multiple of {side} px"
+    if model.width % model.num_heads:
+        return "num_heads", f"is {model.num_heads}, which does not divide model.width ({model.width})"
+    if model.pos_embed == "sincos2d" and (model.width % 4 or model.width < 8):
+        return "pos_embed", f"sincos2d needs a width of 8 or more that 4 divides, not {model.width}"
+    if model.pos_embed == "learned2d" and model.width % 2:
+        return "pos_embed", f"learned2d needs an even width, not {model.width}"
+    if model.pos_embed_at != "stem" and model.pos_embed not in ("learned", "learned2d"):
+        return "pos_embed_at", f"is {model.pos_embed_at}, which is for learned and learned2d positions, not {model.pos_embed}"
+    if model.attention == "axial":
+        for key, wrong, why in (
+            ("pool", model.pool == "token", "a class token lies in no row or column; take gap or map"),
+            ("registers", model.registers > 0, "registers lie in no row or column; take 0"),
+            ("pos_embed", model.pos_embed == "relative", "relative positions are along one sequence; take another"),
+            ("patch_dropout", model.patch_dropout > 0, "rows and columns must stay whole; take 0"),
+        ):
+            if wrong:
+                return key, f"is {getattr(model, key)} with model.attention axial, but {why}"
+    if model.pos_embed == "relative" and model.patch_dropout:
+        return "patch_dropout", "cannot be used with relative positions, which need every patch in its place; take 0"
+    if model.resnet_units is None:
+        defaults = ModelConfig()
+        for key in ("resnet_width", "resnet_root", "weight_standardisation", "group_norm_eps"):
+            if getattr(model, key) != getattr(defaults, key):
+                return key, "is about a ResNet, and there is none without model.resnet_units"
+    return None
+
+
+def resnet_problem(model: ModelConfig) -> tuple[str, str] | None:
+    defaults = ModelConfig()
+    if not model.resnet_units:
+        return "resnet_units", "is empty: a ResNet needs a block"
+    for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads", *TRANSFORMER_ONLY):
+        if getattr(model, key) != getattr(defaults, key):
+            return key, "is about a Transformer, but model.kind is resnet; leave it out"
+    assert model.resnet_width is not None
+    if model.resnet_width % 32:
+        return "resnet_width", f"is {model.resnet_width}, which the 32 groups of a GroupNorm do not divide"
+    return None

@@ -17,6 +17,7 @@ from vitcli.device import choose_device, choose_precision, hardware, keep_freed_
 from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.optim import build_optimizer
+from vitcli.tuning import product_width
 
 
 def images_per_second(work: Callable[[], object], *, images: int, repeats: int) -> str:
@@ -42,7 +43,7 @@ def main() -> None:
     config = load_config(arguments.config)
     device = choose_device(config.train.device)
     model_section = resolve_model(config.model)
-    precision = choose_precision(config.train.precision, device, width=model_section.width or 0)
+    precision = choose_precision(config.train.precision, device, width=product_width(model_section))
     height, width = config.data.image_size
     batch_size = config.train.micro_batch_size or min(128, config.train.batch_size)
     print(f"{hardware(device)}; {arguments.config}: {height} x {width} px, batches of {batch_size}, {precision}")

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from vitcli.device import hardware
+from vitcli.model_config import ModelConfig, resolve_model
 from vitcli.models.flops import forward_flops
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -63,14 +64,8 @@ class Model:
     @property
     def flops(self) -> int:
         """Of one image forward."""
-        return forward_flops(
-            image_size=(self.side, self.side),
-            patch_size=self.patch,
-            width=self.width,
-            depth=self.depth,
-            mlp_dim=4 * self.width,
-            num_classes=CLASSES,
-        )
+        section = ModelConfig(patch_size=self.patch, width=self.width, depth=self.depth, num_heads=self.heads)
+        return forward_flops(resolve_model(section), image_size=(self.side, self.side), num_classes=CLASSES)
 
 
 MODELS = {

@@ -130,7 +130,7 @@ class Shape:
 
 def shape_of(variant: str, *, image_size: int = 224, num_classes: int = JFT_CLASSES) -> Shape:
     """Return a variant as the paper pretrains it: a hidden tanh layer as wide as the model before the head."""
-    sizes = parse_variant(variant)
+    sizes = {key: parse_variant(variant)[key] for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads")}
     return Shape(image_size=image_size, num_classes=num_classes, representation_size=sizes["width"], **sizes)
 
 

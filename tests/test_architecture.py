@@ -17,12 +17,12 @@ LAYERS = (
     {"model_config"},
     {"config"},
     {"config_file"},
-    {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"},
+    {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file", "pretrained"},
     {"weights", "checkpoint", "evaluate", "rundir", "recipes", "plan", "tuning", "recovery", "retention", "saving"},
     {"step", "watch"},
     {"fit"},
     {"train", "data_commands"},
-    {"cli", "cli_data", "cli_options"},
+    {"cli", "cli_data", "cli_models", "cli_options"},
     {"__main__"},
 )
 LEAVES = LAYERS[4]

@@ -7,9 +7,11 @@ import pytest
 
 from vitcli.train import pretrain
 
+VIT = "patch_size: 4, width: 32, depth: 2, num_heads: 2"
+STEM = "resnet_units: [1, 1], resnet_width: 32, resnet_root: small"
 CONFIG = """
 seed: 1
-model: {{patch_size: 4, width: 32, depth: 2, num_heads: 2, {model}}}
+model: {{{kind}, {model}}}
 data: {{source: digits, image_size: 16}}
 augment: {{crop: pad, pad: 2, flip: false, {augment}}}
 optim: {{name: {optimiser}, lr: {lr}, weight_decay: 0.05}}
@@ -34,11 +36,29 @@ log: {{log_every_steps: 20, checkpoint_every_steps: 20}}
             },
             2.310392,
         ),
+        (
+            {
+                "model": "pool: map, pos_embed: relative, registers: 2, qk_norm: true, layer_scale: 0.1, stochastic_depth: 0.2",
+                "optimiser": "adamw",
+                "lr": "2e-3",
+            },
+            2.297861,
+        ),
+        (
+            {
+                "model": "pool: gap, attention: axial, pos_embed: learned2d, pos_embed_at: every_layer",
+                "optimiser": "adamw",
+                "lr": "2e-3",
+            },
+            2.305407,
+        ),
+        ({"kind": f"patch_size: 2, width: 32, depth: 2, num_heads: 2, {STEM}", "optimiser": "adamw", "lr": "2e-3"}, 2.311286),
+        ({"kind": f"kind: resnet, {STEM}", "optimiser": "sgd", "lr": "0.03"}, 2.35503),
     ],
 )
 def test_the_mean_loss_of_the_first_twenty_steps(tmp_path: Path, settings: dict[str, str], golden: float) -> None:
     path = tmp_path / "golden.yaml"
-    path.write_text(CONFIG.format(**{"model": "", "augment": "", "train": "", **settings}).replace(", }", "}"))
+    path.write_text(CONFIG.format(**{"kind": VIT, "model": "", "augment": "", "train": "", **settings}).replace(", }", "}"))
     pretrain(path, [f"out={tmp_path / 'run'}"], dry_run=False, say=lambda text: None)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [20]

@@ -13,7 +13,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from vitcli.model_config import VARIANTS, ModelConfig, parse_variant
 from vitcli.models import build_model
-from vitcli.models.vit import VisionTransformer, attend, sincos2d_positions
+from vitcli.models.attention import attend
+from vitcli.models.positions import sincos2d_positions
+from vitcli.models.vit import VisionTransformer
 
 TINY: dict[str, Any] = {"image_size": (32, 32), "patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4}
 
@@ -49,7 +51,8 @@ def test_logits_equal_timm(gelu: str, image_size: tuple[int, int]) -> None:
     layer = nn.GELU if gelu == "exact" else (lambda: nn.GELU(approximate="tanh"))
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=image_size, act_layer=layer, num_classes=7).eval()
     state = randomise(theirs)
-    ours = build(**parse_variant("Ti/16"), image_size=image_size, num_classes=7, gelu=gelu)
+    sizes = {name: size for name, size in parse_variant("Ti/16").items() if name != "kind"}
+    ours = build(**sizes, image_size=image_size, num_classes=7, gelu=gelu)
     ours.load_state_dict(state, strict=True)  # no table: the names are the same
     images = pixels(2, *image_size)
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
@@ -210,6 +213,7 @@ def test_fixed_positions_are_in_no_checkpoint_and_leave_the_class_token_alone(po
     assert "pos_embed" not in model.state_dict()
     assert not any(name == "pos_embed" for name, _ in model.named_parameters())
     positions = sincos2d_positions(grid_size=(4, 4), width=32)
+    assert model.pos_embed is not None
     assert torch.equal(model.pos_embed[:, model.num_prefix_tokens :], positions)
     assert not model.pos_embed[:, : model.num_prefix_tokens].any()
     learned = build(pool=pool)
@@ -221,6 +225,7 @@ def test_fixed_positions_are_in_no_checkpoint_and_leave_the_class_token_alone(po
 def test_gap_without_positions_does_not_see_the_order_of_patches() -> None:
     model = build(pool="gap")
     randomise(model)
+    assert model.pos_embed is not None
     model.pos_embed.zero_()
     images = pixels(2, 32, 32)
     rolled = images.roll(shifts=(8, 16), dims=(2, 3))
@@ -268,16 +273,31 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 # ------------------------------------------------------------------------------------------------------------ less work
 
 
-@pytest.mark.parametrize("changes", [{}, {"depth": 1}, {"pool": "gap"}, {"representation_size": 8}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"depth": 1},
+        {"pool": "gap"},
+        {"representation_size": 8},
+        {"registers": 2, "qk_norm": True, "layer_scale": 0.5},
+        {"pos_embed": "relative"},
+        {"pos_embed_at": "every_layer", "patch_dropout": 0.5},
+        {"stochastic_depth": 0.5},
+    ],
+)
 def test_leaving_out_what_nobody_reads_changes_no_logit_and_no_gradient(changes: dict[str, Any]) -> None:
     short, whole = build(**changes).train(), build(**changes).train()
     randomise(short)
     whole.load_state_dict(short.state_dict())
-    whole.random = True  # as with dropout: the last block makes every token
+    whole.masks_tokens = True  # as with dropout: the last block makes every token
     images, weights = pixels(3, 32, 32), torch.randn(3, 10, generator=torch.Generator().manual_seed(3))
+    logits = []
     for model in (short, whole):
-        (model(images) * weights).sum().backward()
-    torch.testing.assert_close(short(images), whole(images), rtol=1e-5, atol=1e-5)
+        torch.manual_seed(5)
+        logits.append(model(images))
+        (logits[-1] * weights).sum().backward()
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
     gradients = [{name: parameter.grad for name, parameter in model.named_parameters()} for model in (short, whole)]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)
@@ -356,7 +376,7 @@ def test_dropout_acts_in_training_only_and_repeats_with_the_seed() -> None:
 def test_variants_by_name(name: str, width: int, patch_size: int) -> None:
     sizes = parse_variant(name)
     assert (sizes["width"], sizes["patch_size"]) == (width, patch_size)
-    assert set(sizes) == {"width", "depth", "mlp_dim", "num_heads", "patch_size"}
+    assert set(sizes) == {"kind", "width", "depth", "mlp_dim", "num_heads", "patch_size"}
     assert all(entry[0] % entry[3] == 0 for entry in VARIANTS.values())
 
 
@@ -399,6 +419,7 @@ def test_build_model_reads_the_section() -> None:
         gelu="exact",
     )
     model = build_model(section, image_size=(16, 24), num_classes=3)
+    assert isinstance(model, VisionTransformer)
     assert model.grid_size == (2, 3)
     assert model.num_prefix_tokens == 0
     assert model.state_dict()["blocks.0.mlp.fc1.weight"].shape == (128, 32)

@@ -1,5 +1,8 @@
 """Weights into another model: positions against scipy and timm, and every tensor reported or refused."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,16 @@ from scipy import ndimage
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
+from tests.harness import Result, vit
+from vitcli.checkpoint import write_weights
 from vitcli.errors import CheckpointError
+from vitcli.model_config import ModelConfig, resolve_model
+from vitcli.models import build_model
 from vitcli.models.vit import VisionTransformer
-from vitcli.weights import load_weights, resize_pos_embed
+from vitcli.pretrained import Pretrained
+from vitcli.weights import check_architecture, load_start, load_weights, resize_pos_embed
+from vitcli.weights.official import write_official
+from vitcli.weights.open import open_weights
 
 GRIDS = [((14, 14), (24, 24)), ((4, 4), (8, 8)), ((14, 14), (7, 7)), ((6, 10), (9, 5)), ((5, 5), (16, 11)), ((3, 4), (1, 8))]
 
@@ -167,3 +177,220 @@ def test_what_was_not_asked_for_is_refused_and_changes_nothing(source: dict[str,
 def test_a_wrong_grid_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"cannot resize pos_embed: .*\(5, 5\) grid"):
         load_weights(build(), build().state_dict(), reset_head=True, old_grid=(5, 5))
+
+
+# ------------------------------------------------------------------------------------------------------- every kind of model
+
+TINY: dict[str, Any] = {"patch_size": 8, "width": 64, "depth": 2, "mlp_dim": 32, "num_heads": 2}
+
+
+def pretrained(image_size: tuple[int, int] = (32, 32), **settings: Any) -> Pretrained:
+    """Return random weights of a model and what they are."""
+    section = resolve_model(ModelConfig(**({} if settings.get("kind") == "resnet" else TINY) | settings))
+    model = build_model(section, image_size=image_size, num_classes=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    about = {"image_size": list(image_size), "mean": [0.5] * 3, "std": [0.5] * 3, "eval_crop_fraction": None}
+    state, classes = model.state_dict(), [str(number) for number in range(5)]
+    described = section.model_dump(mode="json")
+    return Pretrained(state, described, classes, about, Path("start.npz"), 0, False, {"source": None, "seed": 0}, named=False)
+
+
+def load_into(start: Pretrained, image_size: tuple[int, int]) -> tuple[Any, Any]:
+    model = build_model(ModelConfig(**start.model), image_size=image_size, num_classes=3)
+    return model, load_start(model, start)
+
+
+def test_positions_of_every_layer_are_resized_each_for_itself() -> None:
+    start = pretrained(pos_embed_at="every_layer", registers=3)
+    model, report = load_into(start, (48, 24))
+    assert report.summary().startswith(
+        f"{len(start.state)} tensors: {len(start.state) - 3} taken, 1 resized: pos_embed 4x4 -> 6x3"
+    )
+    for block in range(2):
+        expected = resize_pos_embed(
+            start.state["pos_embed"][block : block + 1], old_grid=(4, 4), new_grid=(6, 3), num_prefix_tokens=1
+        )
+        assert torch.equal(model.pos_embed[block : block + 1], expected)
+
+
+@pytest.mark.parametrize("at", ["stem", "every_layer"])
+def test_learned_2d_positions_are_resized_along_each_axis_as_scipy_does(at: str) -> None:
+    start = pretrained(pos_embed="learned2d", pos_embed_at=at)
+    model, report = load_into(start, (56, 24))
+    assert report.resized == ["pos_embed_rows", "pos_embed_columns"]
+    assert "pos_embed_rows, pos_embed_columns 4x4 -> 7x3" in report.summary()
+    for name, new in (("pos_embed_rows", 7), ("pos_embed_columns", 3)):
+        zoomed = ndimage.zoom(start.state[name].numpy(), (1, new / 4, 1), order=1)
+        np.testing.assert_allclose(getattr(model, name).detach().numpy(), zoomed, atol=1e-6)
+
+
+def test_relative_positions_are_not_resized() -> None:
+    start = pretrained(pos_embed="relative")
+    with pytest.raises(CheckpointError, match=r"relative positions .* cannot be resized: blocks.0.attn.relative .*image size"):
+        load_into(start, (48, 48))
+    assert load_into(start, (32, 32))[1].resized == []
+
+
+def test_stems_count_for_the_grid_and_resnets_have_none() -> None:
+    stem = {"patch_size": 1, "resnet_units": (1, 1), "resnet_width": 32}
+    report = load_into(pretrained((32, 64), **stem), (64, 64))[1]
+    assert report.grids == ((4, 8), (8, 8))
+    start = pretrained(kind="resnet", resnet_units=(1, 1), resnet_width=32)
+    report = load_into(start, (64, 48))[1]
+    assert report.summary() == f"{len(start.state)} tensors: {len(start.state) - 2} taken, 2 new: head; 2 dropped: head"
+
+
+def test_the_report_names_every_tensor() -> None:
+    start = pretrained()
+    report = load_into(start, (48, 48))[1]
+    written = json.loads(json.dumps(report.as_dict()))
+    assert written["summary"] == report.summary()
+    assert set(written["taken"] + written["resized"] + written["new"]) == set(start.state)
+    assert (written["old_grid"], written["new_grid"]) == ([4, 4], [6, 6])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 32}, r"the weights are a ViT of width 64, depth 2, patch 8; the config says a ViT of width 32, depth 2"),
+        ({"gelu": "exact"}, r"for these weights set model.gelu=\"tanh\", not \"exact\""),
+        ({"num_heads": 4}, r"model.num_heads=2, not 4"),
+        ({"layer_norm_eps": 1e-5}, r"model.layer_norm_eps=1e-06, not 1e-05"),
+        ({"layer_scale": 0.1}, r"model.layer_scale=false, not true"),
+        ({"patch_size": 1, "resnet_units": (1, 1), "resnet_width": 32}, "after a ResNet stem of units 1-1"),
+    ],
+)
+def test_another_architecture_is_refused_with_both_in_words(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_architecture(pretrained(), resolve_model(ModelConfig(**{**TINY, **settings})))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_run_may_choose_anew_is_no_other_architecture() -> None:
+    free = {"dropout": 0.1, "stochastic_depth": 0.1, "representation_size": 7, "head_bias": -10.0}
+    check_architecture(pretrained(), resolve_model(ModelConfig(**TINY, **free)))
+    check_architecture(pretrained(layer_scale=0.1), resolve_model(ModelConfig(**TINY, layer_scale=1e-5)))
+    stem = {"patch_size": 1, "resnet_units": (1, 1), "resnet_width": 32}
+    written_out = {"weight_standardisation": "std", "group_norm_eps": 1e-6}
+    check_architecture(pretrained(**stem), resolve_model(ModelConfig(**{**TINY, **stem, **written_out})))
+
+
+# --------------------------------------------------------------------------------------------------------------- our own files
+
+
+def own_file(path: Path, start: Pretrained, **changes: Any) -> Path:
+    """Write a signed weights file, with a description that lacks what is None in `changes`."""
+    about = {
+        "model": start.model,
+        "classes": start.classes,
+        "preprocessing": start.preprocessing,
+        "source": "shapes",
+        "seed": 0,
+    }
+    about = {**about, "layout": 1, "step": 3, "is_ema": False, **changes}
+    write_weights(path, start.state, about=about)
+    return path
+
+
+def test_files_of_ours_open_with_a_whole_model_section(tmp_path: Path) -> None:
+    start = pretrained()
+    before = {
+        key: start.model[key] for key in ("variant", "patch_size", "width", "depth", "mlp_dim", "num_heads", "pool", "gelu")
+    }
+    found = open_weights(
+        own_file(tmp_path / "a.safetensors", start, model=before)
+    )  # as written before there were more settings
+    assert found.model == start.model
+    assert found.named and found.step == 3
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    own_file(folder / "model.safetensors", start)
+    assert open_weights(folder).step == 3
+
+
+@pytest.mark.parametrize("key", ["patch_size", "width", "depth", "mlp_dim", "num_heads"])
+def test_a_signed_file_that_lacks_a_size_is_one_line(key: str, tmp_path: Path) -> None:
+    start = pretrained()
+    model = {name: value for name, value in start.model.items() if name != key}
+    path = own_file(tmp_path / "a.safetensors", start, model=model)
+    for command in (("eval",), ("finetune", "--dataset", "shapes")):
+        fails_with(vit(command[0], "--ckpt", str(path), *command[1:], cwd=tmp_path), str(path), f"lacks {key}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {**TINY, "colour": 3}}, "colour: Extra inputs"),
+        ({"model": {**TINY, "width": "wide"}}, "width: "),
+        ({"preprocessing": {"image_size": [32, 32], "mean": [0.5] * 3}}, "`preprocessing` lacks std, eval_crop_fraction"),
+        ({"data": 5}, "`data` must be a dict"),
+    ],
+)
+def test_a_signed_file_that_says_nonsense_is_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = own_file(tmp_path / "a.safetensors", pretrained(), **changes)
+    fails_with(vit("eval", "--ckpt", str(path), cwd=tmp_path), str(path), message)
+
+
+# ----------------------------------------------------------------------------------------------------------- the command line
+
+DATA = "data: {source: shapes, image_size: 16, shapes: {classes: 5, train_examples: 40, val_examples: 20}}"
+SHAPES = ("--set", "data.shapes.classes=5")
+
+
+def fails_with(result: Result, *said: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    for words in said:
+        assert words in last, last
+
+
+def succeeds(result: Result) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """An .npz of the authors' layout: 16 px, patches of 8, 10 classes without names."""
+    start = pretrained((16, 16))
+    head = {"head.weight": torch.randn(10, 64), "head.bias": torch.zeros(10)}
+    classes = [str(number) for number in range(10)]
+    path = tmp_path / "B_8.npz"
+    write_official(replace(start, state={**start.state, **head}, classes=classes), path)
+    return path
+
+
+def test_evaluating_a_foreign_file(foreign: Path) -> None:
+    fails_with(vit("eval", "--ckpt", str(foreign), cwd=foreign.parent), "--dataset")
+    said = succeeds(vit("eval", "--ckpt", str(foreign), "--dataset", "digits", cwd=foreign.parent))
+    assert "does not name its 10 classes; taken as digits's, in its order" in said
+    fails_with(
+        vit("eval", "--ckpt", str(foreign), "--dataset", "shapes", cwd=foreign.parent), "has 10 classes and does not name"
+    )
+
+
+def test_training_from_a_foreign_file_writes_the_full_report(foreign: Path) -> None:
+    folder = foreign.parent
+    (folder / "tiny.yaml").write_text(f"{DATA}\ntrain: {{steps: 2, batch_size: 8}}\n")
+    tune = ("finetune", "--ckpt", str(foreign), "--dataset", "shapes", "--config", "tiny.yaml")
+    said = succeeds(vit(*tune, "out=tuned", "data.image_size=24", cwd=folder))
+    assert "1 resized: pos_embed 2x2 -> 3x3, 2 new: head; 2 dropped: head" in said
+    report = json.loads((folder / "tuned" / "weights_report.json").read_text())
+    assert report["source"] == str(foreign)
+    assert report["resized"] == ["pos_embed"]
+    assert set(report["new"]) == {"head.weight", "head.bias"} == set(report["dropped"])
+    fails_with(vit(*tune, "model.gelu=exact", cwd=folder), "model.gelu", '"exact", but the checkpoint')
+    fails_with(vit(*tune, "model.depth=3", cwd=folder), "model.depth is 3, but the checkpoint")
+
+
+def test_a_config_of_another_architecture_than_its_weights(foreign: Path) -> None:
+    folder = foreign.parent
+    model = "model: {patch_size: 8, width: 32, depth: 1, num_heads: 2}"
+    (folder / "other.yaml").write_text(f"{model}\n{DATA}\ntrain: {{steps: 2, batch_size: 8}}\nckpt: {foreign}\n")
+    expected = ("the weights are a ViT of width 64, depth 2, patch 8; the config says a ViT of width 32, depth 1, patch 8",)
+    fails_with(vit("pretrain", "--config", "other.yaml", cwd=folder), *expected)
+    fails_with(vit("pretrain", "--config", "other.yaml", "--dry-run", cwd=folder), *expected)
+    assert not (folder / "runs").exists() or not list((folder / "runs").glob("*/manifest.json"))

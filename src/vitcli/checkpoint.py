@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -27,21 +28,29 @@ from torch import Tensor
 from vitcli.errors import CheckpointError
 from vitcli.in_use import held, unread
 from vitcli.optimizer_file import read_optimizer, write_optimizer
+from vitcli.pretrained import Pretrained
 
 __all__ = [
     "Checkpoint",
-    "Pretrained",
     "save_checkpoint",
     "latest_checkpoint",
     "verify_checkpoint",
     "load_checkpoint",
     "load_weights_file",
+    "save_weights_file",
     "step_of",
 ]
 
 LAYOUT = 1  # raised when a reader of today could not understand the files any more
 MODEL, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
-PORTABLE = {"model": dict, "classes": list, "preprocessing": dict, "source": str, "seed": int}  # what every manifest says
+# what every manifest says; no source: converted from a file that does not say what it was trained on
+PORTABLE: dict[str, type | UnionType] = {
+    "model": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "source": str | None,
+    "seed": int,
+}
 STEP_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,17})")
 TEMPORARY = ".tmp-step_"
 # A file may claim any size; what is read whole into memory is bounded. ViT-H with 21,843 classes needs 2 MB.
@@ -58,20 +67,6 @@ class Checkpoint:
     optimizer_state: dict[str, Any]
     manifest: dict[str, Any]
     extra: dict[str, Any]  # JSON values, say a loss scale; empty where none were given
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """Weights to start from or to evaluate, and what they are: tensors on the CPU, `model` the resolved model section."""
-
-    state: dict[str, Tensor]
-    model: dict[str, Any]
-    classes: list[str]
-    preprocessing: dict[str, Any]  # image_size (H, W), mean, std, eval_crop_fraction
-    source_path: Path  # the weights file
-    step: int
-    is_ema: bool
-    manifest: dict[str, Any]
 
 
 # ---------------------------------------------------------------- saving
@@ -185,6 +180,25 @@ def write_weights(path: Path, state: Mapping[str, Tensor], *, about: Mapping[str
         assert len(settled) == length
         file.seek(8)
         file.write(settled)
+
+
+def save_weights_file(path: Path, weights: Pretrained) -> None:
+    """Write one .safetensors file that says what it holds, as those of checkpoints do; `load_weights_file` reads it.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or not writable.
+    """
+    about = {
+        **weights.manifest,
+        "model": weights.model,
+        "classes": weights.classes,
+        "named": weights.named,
+        "preprocessing": weights.preprocessing,
+        "layout": LAYOUT,
+        "step": weights.step,
+        "is_ema": weights.is_ema,
+    }
+    write_weights(path, weights.state, about=json.loads(json.dumps(about)))
 
 
 def flush_to_disk(path: Path) -> None:
@@ -308,8 +322,8 @@ def is_sound(path: Path) -> bool:
 def missing_in(manifest: Mapping[str, Any]) -> str | None:
     """Name a key that every manifest must have and this one lacks."""
     for key, kind in PORTABLE.items():
-        if not isinstance(manifest.get(key), kind):
-            return f"`{key}` must be a {kind.__name__}"
+        if key not in manifest or not isinstance(manifest[key], kind):
+            return f"`{key}` must be a {getattr(kind, '__name__', kind)}"
     if not all(isinstance(name, str) for name in manifest["classes"]):
         return "`classes` must hold names"
     size = manifest["preprocessing"].get("image_size")
@@ -473,6 +487,7 @@ def from_file(path: Path) -> Pretrained:
         step=about["step"],
         is_ema=about["is_ema"],
         manifest=about,
+        named=about.get("named") is not False,
     )
 
 

@@ -4,12 +4,14 @@ import json
 import os
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitcli.cli_data import data_app
+from vitcli.cli_models import models
 from vitcli.cli_options import DataRoot, Debug, Overrides, as_overrides, say, warn
 from vitcli.errors import Interrupted, UserError
 from vitcli.interrupts import StopSignals
@@ -123,6 +125,51 @@ def evaluate(
 
 def percent(share: float | None) -> str:
     return "      -" if share is None else f"{100 * share:6.2f} %"
+
+
+class WhichLayout(StrEnum):
+    """The words for --to."""
+
+    vit = "vit"
+    npz = "npz"
+    timm = "timm"
+    hf = "hf"
+    torchvision = "torchvision"
+    onnx = "onnx"
+    torch_export = "torch-export"
+
+
+@app.command(epilog="Example: vit convert runs/jft-like exports/vit.onnx")
+def convert(
+    path_in: Annotated[
+        Path, typer.Argument(help="whatever --ckpt takes: a run, or weights of any layout", show_default=False, metavar="IN")
+    ],
+    path_out: Annotated[
+        Path,
+        typer.Argument(
+            help="NAME.npz, .onnx, .pt2, .safetensors, .pth or a folder; not there yet", show_default=False, metavar="OUT"
+        ),
+    ],
+    to: Annotated[WhichLayout | None, typer.Option("--to", help="layout; default what OUT ends in", show_default=False)] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option("--image-size", help="resize position embeddings for 384 or HEIGHTxWIDTH px", show_default=False),
+    ] = None,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="largest difference of logits")] = 1e-4,
+    debug: Debug = False,
+) -> None:
+    """Convert weights from any layout into another, or into ONNX or torch.export.
+
+    What was written is read back and compared on random images; beyond the tolerance nothing is kept.
+    """
+    from vitcli.weights.convert import convert as run
+    from vitcli.weights.convert import parse_size
+
+    size = None if image_size is None else parse_size(image_size)
+    run(path_in, path_out, to=None if to is None else to.value, image_size=size, tolerance=tolerance, say=say)
+
+
+app.command(epilog="Example: vit models B/16 R50+B/16 R50x1 --image-size 384")(models)
 
 
 @app.command(epilog="Example: vit schema --json > vit-config.schema.json")

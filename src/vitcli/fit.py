@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitcli.checkpoint import Pretrained, latest_checkpoint, load_checkpoint, step_of
+from vitcli.checkpoint import latest_checkpoint, load_checkpoint, step_of
 from vitcli.config import Config
 from vitcli.config_file import flatten
 from vitcli.data.loader import Batch, eval_batches, train_batches
@@ -31,9 +31,9 @@ from vitcli.interrupts import StopSignals
 from vitcli.lanes import Lanes
 from vitcli.logs import RunLog
 from vitcli.models import build_model
-from vitcli.models.vit import VisionTransformer
 from vitcli.optim import build_optimizer, ema_start, weight_norm
 from vitcli.plan import Plan, count_lanes, lr_of_step
+from vitcli.pretrained import Pretrained
 from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Streak, add_rollback, data_step, read_rollbacks
 from vitcli.retention import Keep, discard_after
@@ -41,9 +41,9 @@ from vitcli.saving import AsyncSaver
 from vitcli.step import AUTOCAST, State, is_out_of_memory, train_step
 from vitcli.tuning import Choice
 from vitcli.watch import NotFinite, Watch
-from vitcli.weights import LoadReport, load_weights
+from vitcli.weights import load_start
 
-__all__ = ["Job", "class_weights_of", "evaluate_source", "fit", "load_start"]
+__all__ = ["Job", "class_weights_of", "evaluate_source", "fit"]
 
 
 # what, beside the source's name, says which images an evaluation of this run is about
@@ -238,7 +238,7 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
             parameter.requires_grad_(name.startswith("head."))
     engine = Engine(
         model,
-        blocks=list(model.blocks),
+        blocks=model.units(),
         input_shape=(3, *config.data.image_size),
         parallel=ranks.broadcast(job.plan.parallel),
         ranks=ranks,
@@ -265,13 +265,6 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
     count = count_lanes(config, flops_per_image=job.plan.flops_per_image, device=device, ranks=ranks.ranks)
     lanes = Lanes(model, count=count) if count > 1 else None
     return State(model, optimizer, ema, scale, step, at_once, lanes), engine, Streak.from_dict(extra.get("streak"))
-
-
-def load_start(model: VisionTransformer, start: Pretrained) -> LoadReport:
-    """Load weights to start from into a model with a new head, resizing position embeddings; raises CheckpointError."""
-    height, width = start.preprocessing["image_size"]
-    patch = start.model["patch_size"]
-    return load_weights(model, start.state, reset_head=True, old_grid=(height // patch, width // patch))
 
 
 def write_row(state: State, job: Job, log: RunLog, sums: Tensor, gradient_norm: Tensor) -> None:

@@ -7,7 +7,10 @@ from pydantic import Field
 
 from vitcli.section import Fraction, Section, Size
 
-__all__ = ["RESNET_UNITS", "SIZES", "VARIANTS", "ModelConfig", "model_problem", "parse_variant", "resolve_model", "stem_stride"]
+__all__ = [
+    *("RESNET_UNITS", "SIZES", "VARIANTS", "ModelConfig"),
+    *("kept_patches", "model_problem", "parse_variant", "resolve_model", "stem_stride"),
+]
 
 # name: (width, depth, mlp_dim, num_heads); ViT (2010.11929) Table 1, AugReg (2106.10270) and big_vision's decode_variant
 VARIANTS = {
@@ -176,6 +179,11 @@ def stem_stride(model: ModelConfig) -> int:
     return (4 if model.resnet_root == "large" else 1) * 2 ** max(0, len(model.resnet_units) - 1)
 
 
+def kept_patches(patches: int, patch_dropout: float) -> int:
+    """Return how many of an image's patches a training step sees."""
+    return max(1, round(patches * (1.0 - patch_dropout)))
+
+
 def model_problem(model: ModelConfig, image_size: tuple[int, int]) -> tuple[str, str] | None:
     """Say which setting of a resolved section makes no sense, by its key, and why; None where all do."""
     if model.kind == "resnet":
@@ -187,38 +195,93 @@ def model_problem(model: ModelConfig, image_size: tuple[int, int]) -> tuple[str,
         return "patch_size", f"is {model.patch_size}: data.image_size {height} x {width} is no multiple of {side} px"
     if model.width % model.num_heads:
         return "num_heads", f"is {model.num_heads}, which does not divide model.width ({model.width})"
-    if model.pos_embed == "sincos2d" and (model.width % 4 or model.width < 8):
-        return "pos_embed", f"sincos2d needs a width of 8 or more that 4 divides, not {model.width}"
-    if model.pos_embed == "learned2d" and model.width % 2:
-        return "pos_embed", f"learned2d needs an even width, not {model.width}"
-    if model.pos_embed_at != "stem" and model.pos_embed not in ("learned", "learned2d"):
-        return "pos_embed_at", f"is {model.pos_embed_at}, which is for learned and learned2d positions, not {model.pos_embed}"
-    if model.attention == "axial":
-        for key, wrong, why in (
-            ("pool", model.pool == "token", "a class token lies in no row or column; take gap or map"),
-            ("registers", model.registers > 0, "registers lie in no row or column; take 0"),
-            ("pos_embed", model.pos_embed == "relative", "relative positions are along one sequence; take another"),
-            ("patch_dropout", model.patch_dropout > 0, "rows and columns must stay whole; take 0"),
-        ):
-            if wrong:
-                return key, f"is {getattr(model, key)} with model.attention axial, but {why}"
-    if model.pos_embed == "relative" and model.patch_dropout:
-        return "patch_dropout", "cannot be used with relative positions, which need every patch in its place; take 0"
-    if model.resnet_units is None:
-        defaults = ModelConfig()
-        for key in ("resnet_width", "resnet_root", "weight_standardisation", "group_norm_eps"):
-            if getattr(model, key) != getattr(defaults, key):
-                return key, "is about a ResNet, and there is none without model.resnet_units"
+    return option_problem(model, grid_size=(height // side, width // side)) or stem_problem(model)
+
+
+def option_problem(model: ModelConfig, *, grid_size: tuple[int, int]) -> tuple[str, str] | None:
+    """Say which option does not go with a Transformer's sizes or other options, as `model_problem`."""
+    assert model.width and model.num_heads
+    patches = grid_size[0] * grid_size[1]
+    fixed = model.pos_embed not in ("learned", "learned2d")
+    axial = model.attention == "axial"
+    for wrong, key, why in (
+        (
+            model.pos_embed == "sincos2d" and (model.width % 4 or model.width < 8),
+            "pos_embed",
+            f"sincos2d needs a width of 8 or more that 4 divides, not {model.width}",
+        ),
+        (
+            model.pos_embed == "learned2d" and model.width % 2,
+            "pos_embed",
+            f"learned2d needs an even width, not {model.width}: half of it for rows, half for columns",
+        ),
+        (
+            model.pos_embed_at != "stem" and fixed,
+            "pos_embed_at",
+            f"is {model.pos_embed_at}, which is for learned and learned2d positions, not {model.pos_embed}; take stem",
+        ),
+        (
+            model.pos_embed == "relative" and model.patch_dropout,
+            "patch_dropout",
+            "cannot be used with relative positions, which need every patch in its place; take 0",
+        ),
+        (
+            model.patch_dropout and kept_patches(patches, model.patch_dropout) == patches,
+            "patch_dropout",
+            f"is {model.patch_dropout}, which leaves out none of {patches} patches; take more, or 0",
+        ),
+        (
+            model.stochastic_depth and model.depth == 1,
+            "stochastic_depth",
+            "has no effect on a single block, as it rises from 0 at the first; take 0",
+        ),
+        (
+            model.qk_norm and model.width == model.num_heads,
+            "qk_norm",
+            "would norm heads of a single channel to a constant; take fewer model.num_heads",
+        ),
+        (axial and model.pool == "token", "pool", "is token, but a class token lies in no row or column; take gap or map"),
+        (axial and model.registers, "registers", "lie in no row or column, so not with model.attention axial; take 0"),
+        (
+            axial and model.pos_embed == "relative",
+            "pos_embed",
+            "relative is along one sequence, not model.attention axial; take another",
+        ),
+        (axial and model.patch_dropout, "patch_dropout", "breaks the rows and columns of model.attention axial; take 0"),
+        (
+            axial and min(grid_size) == 1,
+            "attention",
+            f"is axial, but the grid is {grid_size[0]} x {grid_size[1]}: one patch alone in its row or column; take full",
+        ),
+    ):
+        if wrong:
+            return key, why
+    return None
+
+
+def stem_problem(model: ModelConfig) -> tuple[str, str] | None:
+    """Say which setting of the ResNet before a Transformer, or without one, makes no sense, as `model_problem`."""
+    if model.resnet_units is not None:
+        return width_problem(model)
+    defaults = ModelConfig()
+    for key in ("resnet_width", "resnet_root", "weight_standardisation", "group_norm_eps"):
+        if getattr(model, key) != getattr(defaults, key):
+            return key, "is about a ResNet, and there is none without model.resnet_units"
     return None
 
 
 def resnet_problem(model: ModelConfig) -> tuple[str, str] | None:
+    """Say which setting of a ResNet makes no sense, as `model_problem`."""
     defaults = ModelConfig()
     if not model.resnet_units:
         return "resnet_units", "is empty: a ResNet needs a block"
     for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads", *TRANSFORMER_ONLY):
         if getattr(model, key) != getattr(defaults, key):
             return key, "is about a Transformer, but model.kind is resnet; leave it out"
+    return width_problem(model)
+
+
+def width_problem(model: ModelConfig) -> tuple[str, str] | None:
     assert model.resnet_width is not None
     if model.resnet_width % 32:
         return "resnet_width", f"is {model.resnet_width}, which the 32 groups of a GroupNorm do not divide"

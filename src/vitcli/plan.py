@@ -15,11 +15,11 @@ from vitcli.device import choose_precision, hardware, memory_bytes
 from vitcli.distributed import SOLO, Parallel, Ranks, choose_parallel
 from vitcli.errors import ConfigError
 from vitcli.lanes import choose_lanes
-from vitcli.model_config import ModelConfig, resolve_model
+from vitcli.model_config import ModelConfig, resolve_model, stem_stride
 from vitcli.models import build_model
-from vitcli.models.flops import activation_bytes, forward_flops
+from vitcli.models.flops import activation_bytes, forward_flops, training_flops
 from vitcli.optim import lr_at
-from vitcli.tuning import Choice, choose_settings, worth_measuring
+from vitcli.tuning import Choice, choose_settings, product_width, worth_measuring
 
 __all__ = ["Plan", "build_plan", "count_lanes", "describe", "lr_of_step", "resolve", "tune"]
 
@@ -36,7 +36,8 @@ class Plan:
     train_examples: int
     val_examples: int
     parameters: int
-    flops_per_image: int
+    flops_per_image: int  # forward
+    training_flops_per_image: int  # forward and backward
     memory_estimate_bytes: int  # of one device
     device: torch.device
     parallel: Parallel
@@ -73,7 +74,6 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
         raise ConfigError(f"optim.warmup_steps is {warmup_steps}, but the run has {steps} steps; make it shorter")
     alone = train.micro_batch_size or _micro_batch_size(config, device)
     micro = min(alone, math.ceil(train.batch_size / ranks))
-    assert model.width is not None
     # An image costs a third at evaluation of what it costs in training: ten evaluations, unless they would take over 15 %
     evaluations = min(10, max(1, int(0.15 * 3 * steps * train.batch_size / val_examples)))
     return config.model_copy(
@@ -88,7 +88,7 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
                     "micro_batch_size": micro,
                     # without gradients twice as many fit; the same for any number of processes, and so the same numbers
                     "eval_batch_size": train.eval_batch_size or 2 * alone,
-                    "precision": choose_precision(train.precision, device, width=model.width),
+                    "precision": choose_precision(train.precision, device, width=product_width(model)),
                 }
             ),
             "log": log.model_copy(
@@ -109,11 +109,7 @@ def tune(
     train = config.train
     draft = resolve(config, train_examples=train_examples, val_examples=val_examples, device=device, ranks=ranks)
     assert draft.train.steps is not None and draft.train.micro_batch_size is not None
-    hidden = draft.model.representation_size
-    assert hidden != "width"  # resolved
-    flops = forward_flops(
-        image_size=config.data.image_size, num_classes=num_classes, representation_size=hidden, **_sizes(draft.model)
-    )
+    flops = forward_flops(draft.model, image_size=config.data.image_size, num_classes=num_classes)
     images = draft.train.steps * train.batch_size // ranks
     if not train.tune or not worth_measuring(images=images, flops_per_image=flops, device=device):
         return config, None
@@ -134,7 +130,8 @@ def tune(
 def count_lanes(config: Config, *, flops_per_image: int, device: torch.device, ranks: int) -> int:
     """Return how many portions of a micro-batch go through the model side by side, in threads of their own."""
     model, train = config.model, config.train
-    random = model.dropout > 0 or model.attention_dropout > 0  # the threads would race for torch's generator
+    shares = (model.dropout, model.attention_dropout, model.stochastic_depth, model.patch_dropout)
+    random = any(share > 0 for share in shares)  # the threads would race for torch's generator
     if device.type != "cpu" or ranks > 1 or random or train.compile or train.activation_checkpointing:
         return 1
     assert train.micro_batch_size is not None
@@ -152,19 +149,9 @@ def _micro_batch_size(config: Config, device: torch.device) -> int:
 
 def _activation_bytes(config: Config, model: ModelConfig) -> int:
     """Estimate what an image keeps in memory between forward and backward pass; a resolved precision of 16 bits counts."""
-    sizes = _sizes(model)
-    whole = activation_bytes(image_size=config.data.image_size, **sizes)
-    if config.train.activation_checkpointing:  # every block's input, and all of one block
-        assert model.depth is not None
-        block = activation_bytes(image_size=config.data.image_size, **{**sizes, "depth": 1})
-        none = activation_bytes(image_size=config.data.image_size, **{**sizes, "depth": 0})
-        whole = none + (block - none) * (model.depth + 16) // 16  # the input is one of some 16 widths that a block keeps
+    checkpointing = config.train.activation_checkpointing
+    whole = activation_bytes(model, image_size=config.data.image_size, checkpointing=checkpointing)
     return whole if config.train.precision in ("auto", "float32") else whole * 9 // 16  # autocast keeps some in float32
-
-
-def _sizes(model: ModelConfig) -> dict[str, Any]:
-    """Return what the FLOP and memory formulas take from a resolved model section."""
-    return {key: getattr(model, key) for key in ("patch_size", "width", "depth", "mlp_dim", "pool")}
 
 
 def build_plan(
@@ -188,12 +175,20 @@ def build_plan(
         memory_bytes=memory_bytes(device),
     )
     memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + activations
-    hidden = config.model.representation_size
-    assert hidden != "width"  # resolved
-    flops = forward_flops(
-        image_size=config.data.image_size, num_classes=num_classes, representation_size=hidden, **_sizes(config.model)
+    sizes: dict[str, Any] = {"image_size": config.data.image_size, "num_classes": num_classes}
+    return Plan(
+        config,
+        num_classes,
+        train_examples,
+        val_examples,
+        parameters,
+        forward_flops(config.model, **sizes),
+        training_flops(config.model, **sizes),
+        memory,
+        device,
+        parallel,
+        ranks.ranks,
     )
-    return Plan(config, num_classes, train_examples, val_examples, parameters, flops, memory, device, parallel, ranks.ranks)
 
 
 def describe(plan: Plan) -> list[str]:
@@ -203,15 +198,14 @@ def describe(plan: Plan) -> list[str]:
     steps, batch = train.steps, train.batch_size
     assert steps is not None and optim.warmup_steps is not None
     images = steps * batch
-    rows, columns = (side // (model.patch_size or 1) for side in config.data.image_size)
+    work = images * plan.training_flops_per_image
     points = sorted({0, optim.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1})
     curve = ", ".join(f"{step:,}: {lr_of_step(config, step):.2e}" for step in points)
     passes = images / plan.train_examples
     return [
-        f"model       ViT, width {model.width}, depth {model.depth}, {model.num_heads} heads, {rows} x {columns} patches of "
-        f"{model.patch_size} px, {plan.num_classes:,} classes",
+        f"model       {describe_model(model, config.data.image_size)}, {plan.num_classes:,} classes",
         f"parameters  {plan.parameters:,}",
-        f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {3 * images * plan.flops_per_image:.3g} in all",
+        f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {work:.3g} in all",
         f"data        {config.data.source}: {plan.train_examples:,} training and {plan.val_examples:,} evaluation images",
         f"length      {steps:,} steps of {batch:,} ({train.micro_batch_size} at once), {passes:.3g} epochs, {images:,} images",
         f"optimiser   {optim.name}, weight decay {optim.weight_decay:g}, gradient clip {optim.grad_clip}",
@@ -221,3 +215,16 @@ def describe(plan: Plan) -> list[str]:
         f"memory      about {plan.memory_estimate_bytes / GIB:.2f} GiB for weights, optimiser and activations",
         f"run         {config.out}",
     ]
+
+
+def describe_model(model: ModelConfig, image_size: tuple[int, int]) -> str:
+    """Say in a few words what a resolved section's model is."""
+    units = "" if model.resnet_units is None else "-".join(map(str, model.resnet_units)) or "no"
+    resnet = f"ResNet, {units} units from {model.resnet_width} channels on"
+    if model.kind == "resnet":
+        return f"{resnet}, {image_size[0]} x {image_size[1]} px"
+    assert model.patch_size is not None
+    side = model.patch_size * stem_stride(model)
+    rows, columns = (length // side for length in image_size)
+    patches = f"width {model.width}, depth {model.depth}, {model.num_heads} heads, {rows} x {columns} patches of {side} px"
+    return f"ViT, {patches}" + (f", after a {resnet}" if units else "")

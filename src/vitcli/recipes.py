@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitcli.model_config import ModelConfig, stem_stride
+
 __all__ = ["Recipe", "finetune_recipe"]
 
 # ViT (2010.11929) Table 4: steps; warm-up as in the authors' vit.py and big_vision's transfer.py
@@ -52,10 +54,11 @@ def finetune_recipe(
         flops_per_second: what this machine sustains in training.
     """
     height, width = preprocessing["image_size"]
-    patch = int(model["patch_size"])
+    section = ModelConfig.model_validate(dict(model))
+    side = (section.patch_size or 1) * stem_stride(section)  # a ResNet would take any, but its own stride wastes nothing
     notes = []
     if dataset in TABLE_4 and min(height, width) >= 224:
-        height = width = HIGH_RESOLUTION // patch * patch
+        height = width = HIGH_RESOLUTION // side * side
     settings: dict[str, Any] = {
         "data": {"image_size": [height, width]},
         "augment": {"crop": "inception", "min_area": 0.05, "flip": True},
@@ -84,7 +87,7 @@ def finetune_recipe(
         wanted = min(20_000, max(500, 30 * num_examples // batch_size))
         affordable = int(UNKNOWN_BUDGET_SECONDS * flops_per_second / (batch_size * 3 * forward_flops))
         steps = max(100, min(wanted, affordable))
-        lr = min(1e-3, 0.1 / int(model["width"]))
+        lr = min(1e-3, 0.1 / typical_width(section))
         settings["augment"] |= {"min_area": 0.25, "flip": dataset not in NOT_MIRRORED}
         settings["optim"] = {
             "name": "adamw",
@@ -100,6 +103,12 @@ def finetune_recipe(
         )
     settings["train"] = {"steps": steps, "batch_size": batch_size}
     return Recipe(settings, notes)
+
+
+def typical_width(section: ModelConfig) -> int:
+    """Return the width of a resolved section's products: a Transformer's, or a ResNet's inside its last block."""
+    assert section.width or (section.resnet_width and section.resnet_units)
+    return section.width or (section.resnet_width or 0) * 2 ** (len(section.resnet_units or ()) - 1)
 
 
 def _area(preprocessing: Mapping[str, Any]) -> int:

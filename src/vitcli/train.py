@@ -9,30 +9,37 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from vitcli.checkpoint import Pretrained, latest_checkpoint, load_weights_file
+import torch
+
+from vitcli.checkpoint import latest_checkpoint
 from vitcli.config import Config, Section
 from vitcli.config_file import LENGTHS, dump_config, read_config, stored_config
 from vitcli.data.loader import choose_workers
 from vitcli.data.sources import open_source
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
 from vitcli.distributed import Ranks, process_group
-from vitcli.errors import ConfigError, DataError, RunExistsError, UserError
+from vitcli.errors import CheckpointError, ConfigError, DataError, RunExistsError, UserError
 from vitcli.evaluate import map_classes
-from vitcli.fit import Job, evaluate_source, fit, load_start
+from vitcli.fit import Job, evaluate_source, fit
 from vitcli.interrupts import StopSignals
+from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.models.flops import forward_flops
 from vitcli.plan import build_plan, describe, resolve, tune
+from vitcli.pretrained import Pretrained
 from vitcli.recipes import finetune_recipe
 from vitcli.recovery import ROLLBACKS
 from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
-from vitcli.weights import load_weights
+from vitcli.weights import LoadReport, check_architecture, load_start, load_weights
+from vitcli.weights.files import FOLDER_NAMES
+from vitcli.weights.load import differing_settings, section_of
+from vitcli.weights.open import open_weights
 
 __all__ = ["evaluate_checkpoint", "finetune", "pretrain"]
 
 Say = Callable[[str], None]
 Value = TypeVar("Value")
-CONFIG, MANIFEST, SUMMARY = "config.yaml", "manifest.json", "summary.json"
+CONFIG, MANIFEST, SUMMARY, WEIGHTS = "config.yaml", "manifest.json", "summary.json", "weights_report.json"
 
 
 # ---------------------------------------------------------------- two set-ups
@@ -43,7 +50,7 @@ def pretrain(config_path: Path, overrides: Sequence[str], *, dry_run: bool, say:
     config, _ = read_config(config_path, overrides)
     if config.out is None:
         config = config.model_copy(update={"out": Path("runs") / config_path.stem})
-    start = load_weights_file(config.ckpt, say=say) if config.ckpt and not config.from_scratch else None
+    start = open_weights(config.ckpt, say=say) if config.ckpt and not config.from_scratch else None
     run(config, start=start, recipe=None, dry_run=dry_run, say=say)
 
 
@@ -51,7 +58,7 @@ def finetune(
     ckpt: Path, dataset: str, config_path: Path | None, overrides: Sequence[str], *, from_scratch: bool, dry_run: bool, say: Say
 ) -> None:
     """Fine-tune a checkpoint on a data set, into runs/ and a name made of both, with a recipe where no config is given."""
-    pretrained = load_weights_file(ckpt, say=say)
+    pretrained = open_weights(ckpt, say=say)
     out = Path("runs") / f"{run_name(pretrained.source_path)}-{short_name(dataset)}"
     out = out.with_name(f"{out.name}-scratch") if from_scratch else out
     facts: dict[str, Any] = {
@@ -93,12 +100,13 @@ def finetune(
         )
     if config.ckpt != ckpt or config.from_scratch != from_scratch:
         raise ConfigError("ckpt and from_scratch are given by --ckpt and --from-scratch here; drop them from the settings")
-    for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads"):
-        if getattr(config.model, key) != pretrained.model[key]:
-            raise ConfigError(
-                f"{layers.where(f'model.{key}')}: model.{key} is {getattr(config.model, key)}, but the checkpoint {ckpt} has "
-                f"{pretrained.model[key]}; leave the model's sizes to the checkpoint"
-            )
+    there, here = section_of(pretrained), resolve_model(config.model)
+    for key in differing_settings(there, here):
+        found, expected = (json.dumps(section.model_dump(mode="json")[key]) for section in (here, there))
+        raise ConfigError(
+            f"{layers.where(f'model.{key}')}: model.{key} is {found}, but the checkpoint {ckpt} has {expected}; "
+            "leave the model's sizes and numerics to the checkpoint"
+        )
     run(config, start=None if from_scratch else pretrained, recipe=recipe, dry_run=dry_run, say=say)
 
 
@@ -109,14 +117,9 @@ def checkpoint_facts(pretrained: Pretrained, dataset: str) -> dict[str, Any]:
 
 
 def flops_of(pretrained: Pretrained, *, image_size: tuple[int, int]) -> int:
-    keys = ("patch_size", "width", "depth", "mlp_dim", "pool")
-    sizes = {key: pretrained.model[key] for key in keys}
-    return forward_flops(
-        image_size=image_size,
-        num_classes=len(pretrained.classes),
-        representation_size=None,
-        **sizes,
-    )
+    """Return the operations of a forward pass of the checkpoint's model on one image, without a hidden layer at the end."""
+    section = section_of(pretrained).model_copy(update={"representation_size": None})
+    return forward_flops(section, image_size=image_size, num_classes=len(pretrained.classes))
 
 
 def short_name(dataset: str) -> str:
@@ -128,9 +131,12 @@ def short_name(dataset: str) -> str:
 
 
 def run_name(weights: Path) -> str:
-    """Name a run after the weights it starts from: the run directory's name, else the file's."""
-    parents = weights.resolve().parents
-    return parents[2].name if parents[1].name == "checkpoints" else weights.stem
+    """Name a run after the weights it starts from: the run directory's name, else the file's, or its folder's."""
+    place = weights.resolve()
+    if len(place.parents) > 2 and place.parents[1].name == "checkpoints":
+        return place.parents[2].name
+    # such as Hugging Face's model.safetensors, which all have that name
+    return place.parent.name if place.name in FOLDER_NAMES and place.parent.name else weights.stem
 
 
 # ---------------------------------------------------------------- from a config to a job, and its run directory
@@ -182,8 +188,7 @@ def carry_out(
         checkpoint = latest_checkpoint(out, say=say)
         origin = "scratch"
         if start is not None:
-            model = build_model(job.config.model, image_size=config.data.image_size, num_classes=job.plan.num_classes)
-            origin = f"{start.source_path} (step {start.step:,}): {load_start(model, start).summary()}"
+            origin = f"{start.source_path} (step {start.step:,}): {rehearse(job, start).summary()}"
         if checkpoint is not None:
             origin = f"{checkpoint}, {'finished' if summary else 'to resume'}"
         say("\n".join([*describe(job.plan), f"start       {origin}"]))
@@ -205,6 +210,8 @@ def carry_out(
             write_text(out / CONFIG, dump_config(job.config))
             tuning = None if job.tuning is None else job.tuning.as_dict()
             requested = {"requested": config.model_dump(mode="json"), "recipe": recipe, "tuning": tuning}
+            if start is not None:
+                write_json(out / WEIGHTS, {"source": str(start.source_path), **rehearse(job, start).as_dict()})
             write_json(out / MANIFEST, {**manifest, **requested})
         result, seconds = fit(job, stop=stop, say=say)
         summary = {
@@ -219,6 +226,13 @@ def carry_out(
     data_root = f" --data-root {shlex.quote(str(root))}" if root else ""
     say(f"run directory {out}; curves: tensorboard --logdir {quoted}")
     say(f"next: vit eval --ckpt {quoted}{data_root}")
+
+
+def rehearse(job: Job, start: Pretrained) -> LoadReport:
+    """Return the report of loading weights to start from, without the memory or the work; raises CheckpointError."""
+    with torch.device("meta"):
+        model = build_model(job.config.model, image_size=job.config.data.image_size, num_classes=job.plan.num_classes)
+    return load_start(model, start)
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -241,7 +255,7 @@ def refuse_other(out: Path, config: Config) -> None:
         return
     if manifest is None:
         strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
-        if set(strangers) - {CONFIG, ROLLBACKS, "checkpoints", "nonfinite", "tensorboard", "metrics.jsonl"}:
+        if set(strangers) - {CONFIG, ROLLBACKS, WEIGHTS, "checkpoints", "nonfinite", "tensorboard", "metrics.jsonl"}:
             raise RunExistsError(f"{out}: holds files but no run ({strangers[0]}, ...); choose another --out")
         return
     before, now = manifest["requested"], config.model_dump(mode="json")
@@ -320,6 +334,8 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
         if ranks.main:
             config, tuning = tune(config, num_classes=num_classes, device=device, **sizes)
         config = resolve(config, device=device, **sizes)
+        if start is not None:
+            check_architecture(start, config.model)
     workers = config.data.workers
     if workers is None:
         together = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.ranks > 1 else 1
@@ -349,7 +365,11 @@ def evaluate_checkpoint(
         DataError: the data set is missing, or has classes the checkpoint does not know.
     """
     keep_freed_memory()
-    pretrained = load_weights_file(ckpt, say=say)
+    pretrained = open_weights(ckpt, say=say)
+    if not pretrained.classes:
+        raise CheckpointError(f"{ckpt}: these weights have no classifier to evaluate; fine-tune them first (vit finetune)")
+    if dataset is None and pretrained.manifest["source"] is None:
+        raise DataError(f"{ckpt}: the file does not say which data its classes are of; give the data set with --dataset")
     overrides = [] if data_root is None else [f"data.root={json.dumps(str(data_root), ensure_ascii=False)}"]
     data_settings = {
         **pretrained.manifest.get("data", {}),
@@ -362,8 +382,17 @@ def evaluate_checkpoint(
     config, _ = read_config(None, overrides, base=base, base_name=str(ckpt))
     device = choose_device("auto")
     source = open_source(config.data.val_source or config.data.source, split="val", data=config.data)
-    class_map = map_classes(pretrained.classes, source.classes, f"{config.data.source} for {ckpt}")
-    num_classes = len(pretrained.classes)
+    classes = pretrained.classes
+    if not pretrained.named:
+        classes = list(source.classes)
+        if len(classes) != len(pretrained.classes):
+            raise DataError(
+                f"{config.data.source} for {ckpt}: the file has {len(pretrained.classes):,} classes and does not name them; "
+                f"this data set has {len(classes):,}: evaluate on the data it was trained on, or fine-tune it on this first"
+            )
+        say(f"{ckpt}: the file does not name its {len(classes):,} classes; taken as {config.data.source}'s, in its order")
+    class_map = map_classes(classes, source.classes, f"{config.data.source} for {ckpt}")
+    num_classes = len(classes)
     model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)
     load_weights(model, pretrained.state, reset_head=False)
     workers = config.data.workers if config.data.workers is not None else choose_workers(source, device.type)
@@ -379,4 +408,4 @@ def evaluate_checkpoint(
         class_map=class_map,
     )
     head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
-    return {**head, **result.as_dict(pretrained.classes)}
+    return {**head, **result.as_dict(classes)}

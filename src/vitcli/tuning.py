@@ -25,9 +25,9 @@ from vitcli.data.cache import default_cache_dir
 from vitcli.device import choose_precision, flops_per_second, hardware
 from vitcli.lanes import Lanes
 from vitcli.model_config import ModelConfig
-from vitcli.models import VisionTransformer, build_model
+from vitcli.models import Model, build_model
 
-__all__ = ["Choice", "choose_settings", "worth_measuring"]
+__all__ = ["Choice", "choose_settings", "product_width", "worth_measuring"]
 
 FORMAT_VERSION = 1  # goes into the key: raise it when what is measured, or how one is chosen, changes
 CLEARLY = 1.1  # times as fast: less may be noise
@@ -53,6 +53,11 @@ class Choice:
 def worth_measuring(*, images: int, flops_per_image: int, device: torch.device) -> bool:
     """Tell whether training on so many images will take long enough for a measurement to pay; an estimate from FLOPs alone."""
     return 3 * flops_per_image * images / flops_per_second(device) > LONG_RUN_SECONDS
+
+
+def product_width(model: ModelConfig) -> int:
+    """Return the width of a model's typical matrix product: a Transformer's, or of a unit inside a ResNet's second block."""
+    return model.width or 2 * (model.resnet_width or 64)
 
 
 def choose_settings(
@@ -99,7 +104,7 @@ def choose_settings(
     started = time.perf_counter()
     smallest = lanes * SMALLEST[device.type]
     sizes = [micro_batch_size] if micro_batch_size is not None else sizes_to_try(largest, smallest=smallest)
-    wanted = precisions_to_try(precision, device, width=model.width or 0)
+    wanted = precisions_to_try(precision, device, width=product_width(model))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         step = build_step(model, image_size=image_size, num_classes=num_classes, device=device, lanes=lanes)
         # precision first, at a middling size, then the size
@@ -148,7 +153,7 @@ def build_step(model: ModelConfig, *, image_size: tuple[int, int], num_classes: 
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         images = torch.randn(size, 3, *image_size, device=device)
 
-        def backward(net: VisionTransformer, portion: Tensor) -> None:
+        def backward(net: Model, portion: Tensor) -> None:
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = net(portion)
             F.cross_entropy(logits.float(), torch.zeros(len(portion), dtype=torch.int64, device=device)).backward()

@@ -1,54 +1,50 @@
 """The Vision Transformer of Dosovitskiy et al. (arXiv 2010.11929), Eq. 1-4, with the variations it ablates.
 
 Pre-norm blocks, learned 1-D position embeddings, a class token, and a head that is a hidden tanh layer at pretraining and one
-zero-initialised linear layer at fine-tuning; as options the mean over patches and fixed sin-cos positions ("Better plain ViT
-baselines", arXiv 2205.01580). Tensor names are timm's, so its weights load without a table.
+zero-initialised linear layer at fine-tuning. Options: what Table 8 and appendix D compare (positions, where they are added,
+mean over patches, Axial attention), and what later work has shown to matter. Tensor names are timm's where timm has the part.
 
-B batch, H W image sides, h w grid sides, p patch side, P = h w patches, N tokens (P, plus 1 with a class token),
-D width, M mlp_dim, A attention heads, R representation size, K classes.
+B batch, H W image sides, h w grid sides, p patch side, P = h w patches, T class tokens (0 or 1), S registers,
+N = T + S + P tokens in this order, D width, M mlp_dim, A attention heads, R representation size, K classes.
 """
 
-import math
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VisionTransformer", "sincos2d_positions"]
+from vitcli.model_config import kept_patches
+from vitcli.models.attention import Attention, AttentionPool, AxialAttention, Mlp
+from vitcli.models.initial import lecun_normal_
+from vitcli.models.positions import learned2d_positions, sincos2d_positions
 
-# Standard deviation of a unit normal cut off at 2; flax's lecun_normal divides by it to end at variance 1/fan_in.
-TRUNCATED_NORMAL_STD = 0.87962566103423978
+if TYPE_CHECKING:
+    from vitcli.models.resnet import ResNetStem
 
+__all__ = ["VisionTransformer", "attention_maps"]
 
-def sincos2d_positions(*, grid_size: tuple[int, int], width: int, temperature: float = 10_000.0) -> Tensor:
-    """Return fixed 2-D sin-cos positions, (1, h*w, width) float32 in [-1, 1]: big_vision's `posemb_sincos_2d`.
-
-    Raises:
-        ValueError: the width is not a multiple of 4, or below 8.
-    """
-    if width % 4 or width < 8:
-        raise ValueError(f"sincos2d positions need a width that is a multiple of 4 and at least 8, got {width}")
-    rows, columns = grid_size
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    frequencies = temperature ** -torch.linspace(0.0, 1.0, width // 4, dtype=torch.float64)  # (D/4,)
-    y, x = (axis.flatten()[:, None] * frequencies for axis in (y, x))  # (P, D/4)
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()  # (1, P, D)
+POSITION_STD = 0.02  # of initial position embeddings: google-research/vision_transformer, models_vit.py
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each one (Eq. 1: x_p E)."""
+    """Cut the image, or what a ResNet makes of it, into patches and project each one (Eq. 1: x_p E)."""
 
-    def __init__(self, *, patch_size: int, width: int) -> None:
+    def __init__(self, *, patch_size: int, width: int, backbone: "ResNetStem | None" = None) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.backbone = backbone
+        channels = 3 if backbone is None else backbone.out_channels
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, P, D), row by row from the top left."""
+        if self.backbone is not None:
+            images = self.backbone(images)  # (B, C, H / stride, W / stride)
         batch, channels, height, width = images.shape
         p = self.patch_size
         x = images.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
@@ -57,65 +53,28 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
-    """Return softmax(q k^T / sqrt(D/A)) v, (B, A, Q, D/A), for Q queries and N keys and values.
+class LayerScale(nn.Module):
+    """Multiply each channel by a factor that is learned (CaiT, 2103.17239)."""
 
-    Through `scaled_dot_product_attention`, which keeps no (Q, N) weights, but for 16-bit numbers on a CPU: its kernel there is
-    3 to 6 times slower backward than the products written out, where the CPU multiplies bf16 by itself.
-    """
-    if q.device.type != "cpu" or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    with torch.autocast("cpu", enabled=False):  # which would take the softmax through float32
-        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)  # (B, A, Q, N)
-        return F.dropout(weights, dropout) @ v
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention (Eq. 5-8 in the paper's appendix A)."""
-
-    def __init__(self, *, width: int, num_heads: int, attention_dropout: float) -> None:
+    def __init__(self, width: int, initial: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
-        """Map (B, N, D) to (B, N, D); with `first_only` to the first token's row, (B, 1, D): it alone asks, all answer."""
-        batch, tokens, width = x.shape
-        dropout = self.attention_dropout if self.training else 0.0
-        if first_only:
-            q = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width]).reshape(batch, 1, 1, self.num_heads, -1)
-            kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).reshape(batch, tokens, 2, self.num_heads, -1)
-            parts = [*q.unbind(2), *kv.unbind(2)]
-        else:
-            # Taken apart on axis 2, the gradient is put together in the order `qkv` lies in memory: no transposing copy.
-            parts = list(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).unbind(2))
-        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, A, N, D/A) each
-        x = attend(q, k, v, dropout=dropout)  # (B, A, N, D/A)
-        output: Tensor = self.proj(x.transpose(1, 2).reshape(batch, -1, width))
-        return output
-
-
-class Mlp(nn.Module):
-    """Two dense layers with GELU between them; dropout after each (appendix B.1)."""
-
-    def __init__(self, *, width: int, mlp_dim: int, dropout: float, gelu: Literal["tanh", "exact"]) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_dim)
-        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
-        self.fc2 = nn.Linear(mlp_dim, width)
-        self.drop = nn.Dropout(dropout)
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, D) to (B, N, D)."""
-        x = self.drop(self.act(self.fc1(x)))  # (B, N, M)
-        output: Tensor = self.drop(self.fc2(x))
-        return output
+        return x * self.gamma
 
 
 class Block(nn.Module):
-    """One pre-norm encoder layer: attention (Eq. 2), then the MLP (Eq. 3), each added to its input."""
+    """One pre-norm encoder layer: attention (Eq. 2), then the MLP (Eq. 3), each added to its input.
+
+    Args:
+        layer_scale: initial factor of both branches, or None for none.
+        stochastic_depth: how often a branch of an image is left out in training; the others count for it (1603.09382).
+        relative_tokens: N, for relative positions among N tokens.
+        axis: attend along "rows" or "columns" of a grid of `grid_size`; None among all tokens.
+    """
 
     def __init__(
         self,
@@ -127,19 +86,57 @@ class Block(nn.Module):
         attention_dropout: float,
         gelu: Literal["tanh", "exact"],
         layer_norm_eps: float,
+        layer_scale: float | None = None,
+        qk_norm: bool = False,
+        stochastic_depth: float = 0.0,
+        relative_tokens: int | None = None,
+        axis: Literal["rows", "columns"] | None = None,
+        grid_size: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__()
+        self.stochastic_depth = stochastic_depth
+        attention = Attention if axis is None else partial(AxialAttention, axis=axis, grid_size=grid_size)
         self.norm1 = nn.LayerNorm(width, eps=layer_norm_eps)
-        self.attn = Attention(width=width, num_heads=num_heads, attention_dropout=attention_dropout)
+        self.attn = attention(
+            width=width,
+            num_heads=num_heads,
+            attention_dropout=attention_dropout,
+            qk_norm_eps=layer_norm_eps if qk_norm else None,
+            relative_tokens=relative_tokens,
+        )
         self.drop = nn.Dropout(dropout)
+        self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=layer_norm_eps)
         self.mlp = Mlp(width=width, mlp_dim=mlp_dim, dropout=dropout, gelu=gelu)
+        self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
         """Map (B, N, D) to (B, N, D); with `first_only` to the first token's row, (B, 1, D), for about a sixth of the work."""
-        attended = self.attn(self.norm1(x), first_only)
-        x = (x[:, :1] if first_only else x) + self.drop(attended)
-        output: Tensor = x + self.mlp(self.norm2(x))
+        attended = self.drop(self.attn(self.norm1(x), first_only))
+        x = (x[:, :1] if first_only else x) + self.branch(attended, self.ls1)
+        return x + self.branch(self.mlp(self.norm2(x)), self.ls2)
+
+    def branch(self, x: Tensor, scale: LayerScale | None) -> Tensor:
+        """Return what of a branch (B, N, D) is added."""
+        if scale is not None:
+            x = scale(x)
+        if self.training and self.stochastic_depth:
+            kept = 1.0 - self.stochastic_depth
+            x = x * x.new_empty(x.shape[0], 1, 1).bernoulli_(kept).div_(kept)
+        return x
+
+
+class AxialBlock(nn.Module):
+    """Attention along rows, MLP, attention along columns, MLP (paper D.6)."""
+
+    def __init__(self, *, rows: Block, columns: Block) -> None:
+        super().__init__()
+        self.rows = rows
+        self.columns = columns
+
+    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
+        """Map (B, P, D) to (B, P, D)."""
+        output: Tensor = self.columns(self.rows(x), first_only)
         return output
 
 
@@ -153,18 +150,31 @@ class VisionTransformer(nn.Module):
     logit is exactly `head_bias`.
 
     Args:
-        image_size: (height, width), px; the patch size divides both.
+        image_size: (height, width), px; the patch size, times the backbone's stride, divides both.
         representation_size: width of the hidden tanh layer before the head, or None for a single linear head.
-        pool: what the head reads: the class token, or the mean over patch tokens after the last norm (no class token then).
-        pos_embed: learned 1-D positions, or fixed 2-D sin-cos ones, which the class token goes without and no checkpoint holds.
-        dropout: after adding positions and after every dense layer but qkv (appendix B.1).
+        pool: what the head reads after the last norm: the class token, the mean over patches, or what a learned query finds
+            in them (MAP). Only "token" has a class token.
+        pos_embed: learned 1-D positions; learned 2-D or fixed sin-cos ones (no checkpoint holds them); relative ones, inside
+            attention; or none. Registers have no position, nor has the class token a fixed one.
+        pos_embed_at: learned positions are added to the patch embeddings, or to every block's input: others each time, or
+            the same ones ("shared").
+        attention: among all tokens, or axial: along rows, then along columns.
+        registers: S learned tokens that stand for no patch (2309.16588).
+        layer_scale: initial factor of each branch, learned per channel, or None.
+        qk_norm: LayerNorm on each head's queries and keys.
+        stochastic_depth: how often the last block's branches are left out; rises linearly from 0 at the first (1603.09382).
+        patch_dropout: share of an image's patches left out in training (2208.07220).
+        dropout: after adding positions to patches and after every dense layer but qkv (appendix B.1).
         attention_dropout: on the attention weights.
         gelu: the original uses the tanh approximation; timm and Hugging Face default to the exact one.
         head_bias: initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss.
+        backbone: a ResNet whose feature map is cut into patches, instead of the image (section 3.1, hybrids).
 
     Attributes:
         grid_size: (rows, columns) of patches.
-        num_prefix_tokens: tokens before the patches: 1 with a class token, else 0.
+        num_prefix_tokens: T, tokens with a place before the patches' in `pos_embed`: 1 with a class token, else 0.
+        num_registers: S.
+        random: whether training draws random numbers.
 
     Raises:
         ValueError: sizes that do not divide one another.
@@ -181,49 +191,87 @@ class VisionTransformer(nn.Module):
         num_heads: int,
         num_classes: int,
         representation_size: int | None = None,
-        pool: Literal["token", "gap"] = "token",
-        pos_embed: Literal["learned", "sincos2d"] = "learned",
+        pool: Literal["token", "gap", "map"] = "token",
+        pos_embed: Literal["none", "learned", "learned2d", "relative", "sincos2d"] = "learned",
+        pos_embed_at: Literal["stem", "every_layer", "shared"] = "stem",
+        attention: Literal["full", "axial"] = "full",
+        registers: int = 0,
+        layer_scale: float | None = None,
+        qk_norm: bool = False,
+        stochastic_depth: float = 0.0,
+        patch_dropout: float = 0.0,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         gelu: Literal["tanh", "exact"] = "tanh",
         layer_norm_eps: float = 1e-6,
         head_bias: float = 0.0,
+        backbone: "ResNetStem | None" = None,
     ) -> None:
         super().__init__()
-        if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size[0]}x{image_size[1]}")
+        stride = patch_size * (1 if backbone is None else backbone.stride)
+        if image_size[0] % stride or image_size[1] % stride:
+            what = f"patch_size {patch_size}" if backbone is None else f"patch_size x the backbone's stride, {stride},"
+            raise ValueError(f"{what} does not divide image_size {image_size[0]}x{image_size[1]}")
         if width % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
         self.image_size = image_size
-        self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.grid_size = (image_size[0] // stride, image_size[1] // stride)
         self.num_prefix_tokens = 1 if pool == "token" else 0
+        self.num_registers = registers
+        self.pos_embed_at = pos_embed_at
+        self.patch_dropout = patch_dropout
         self.head_bias = head_bias
-        self.random = dropout > 0 or attention_dropout > 0  # in training
-        patches = self.grid_size[0] * self.grid_size[1]
+        self.masks_tokens = dropout > 0 or attention_dropout > 0  # each with random numbers of its own, in training
+        self.random = self.masks_tokens or stochastic_depth > 0 or patch_dropout > 0
+        rows, columns = self.grid_size
+        tokens = self.num_prefix_tokens + registers + rows * columns
 
-        self.patch_embed = PatchEmbed(patch_size=patch_size, width=width)
+        self.patch_embed = PatchEmbed(patch_size=patch_size, width=width, backbone=backbone)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if pool == "token" else None
-        self.pos_embed: Tensor
+        self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        layers = depth if pos_embed_at == "every_layer" else 1
+        self.pos_embed: Tensor | None
         if pos_embed == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + patches, width))
-        else:
+            self.pos_embed = nn.Parameter(torch.empty(layers, self.num_prefix_tokens + rows * columns, width))
+        elif pos_embed == "sincos2d":
             positions = sincos2d_positions(grid_size=self.grid_size, width=width)
             positions = F.pad(positions, (0, 0, self.num_prefix_tokens, 0))  # nothing is added to the class token
             self.register_buffer("pos_embed", positions, persistent=False)
+        else:
+            self.pos_embed = None
+        both = pos_embed == "learned2d"
+        self.pos_embed_prefix = nn.Parameter(torch.empty(layers, 1, width)) if both and pool == "token" else None
+        self.pos_embed_rows = nn.Parameter(torch.empty(layers, rows, width // 2)) if both else None
+        self.pos_embed_columns = nn.Parameter(torch.empty(layers, columns, width // 2)) if both else None
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(
-                width=width,
-                mlp_dim=mlp_dim,
-                num_heads=num_heads,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                gelu=gelu,
-                layer_norm_eps=layer_norm_eps,
-            )
-            for _ in range(depth)
+        block = partial(
+            Block,
+            width=width,
+            mlp_dim=mlp_dim,
+            num_heads=num_heads,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            gelu=gelu,
+            layer_norm_eps=layer_norm_eps,
+            layer_scale=layer_scale,
+            qk_norm=qk_norm,
+            relative_tokens=tokens if pos_embed == "relative" else None,
+            grid_size=self.grid_size,
         )
+        self.blocks = nn.ModuleList()
+        for number in range(depth):
+            rate = stochastic_depth * number / max(1, depth - 1)
+            if attention == "full":
+                self.blocks.append(block(stochastic_depth=rate))
+            else:
+                along_rows, along_columns = (block(stochastic_depth=rate, axis=axis) for axis in ("rows", "columns"))
+                self.blocks.append(AxialBlock(rows=along_rows, columns=along_columns))
         self.norm = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.attn_pool = None
+        if pool == "map":
+            self.attn_pool = AttentionPool(
+                width=width, mlp_dim=mlp_dim, num_heads=num_heads, gelu=gelu, layer_norm_eps=layer_norm_eps
+            )
         self.pre_logits = nn.Linear(width, representation_size) if representation_size else None
         self.head = nn.Linear(representation_size or width, num_classes)
         self.reset_parameters()
@@ -242,40 +290,91 @@ class VisionTransformer(nn.Module):
         if images.shape[-2:] != self.image_size:
             raise ValueError(f"the model takes images of {self.image_size} px, got {tuple(images.shape[-2:])}")
         x = self.patch_embed(images)  # (B, P, D)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N, D)
-        x = self.drop(x + self.pos_embed)  # Eq. 1
-        *blocks, last_block = self.blocks
-        for block in blocks:
-            x = block(x)  # Eq. 2 and 3
+        before = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        x = torch.cat([*before, x], dim=1) if before else x  # (B, N, D)
+        positions = self.positions()
+        x = self.drop(x if positions[0] is None else x + positions[0])  # Eq. 1
+        kept = self.draw_tokens(x) if self.training and self.patch_dropout else None  # (B, N')
+        if kept is not None:
+            x = torch.take_along_dim(x, kept[:, :, None], dim=1)  # (B, N', D)
         # Eq. 4 reads one token, and nobody what the last block makes of the others: in training that is 10/12 of its products.
         # With dropout at work they stay, for the sake of the random masks.
-        x = last_block(x, self.cls_token is not None and not (self.training and self.random))
-        x = self.norm(x[:, 0]) if self.cls_token is not None else self.norm(x).mean(dim=1)  # (B, D)
+        one_read = self.cls_token is not None and not (self.training and self.masks_tokens)
+        for number, (block, position) in enumerate(zip(self.blocks, positions, strict=True)):
+            if number and position is not None:
+                x = x + (position if kept is None else position[0][kept])
+            x = block(x, one_read and number == len(self.blocks) - 1)  # Eq. 2 and 3
+        x = self.pooled(x)  # (B, D), Eq. 4
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))  # (B, R)
         return x
 
+    def positions(self) -> list[Tensor | None]:
+        """Return what is added to the tokens before each block, (1, N, D), or None for nothing."""
+        depth, prefix = len(self.blocks), self.num_prefix_tokens
+        x = self.pos_embed
+        if self.pos_embed_rows is not None and self.pos_embed_columns is not None:
+            x = learned2d_positions(self.pos_embed_rows, self.pos_embed_columns)  # (L, P, D)
+            x = x if self.pos_embed_prefix is None else torch.cat([self.pos_embed_prefix, x], dim=1)  # (L, T + P, D)
+        if x is None:
+            return [None] * depth
+        if self.num_registers:
+            x = torch.cat([x[:, :prefix], x.new_zeros(x.shape[0], self.num_registers, x.shape[2]), x[:, prefix:]], dim=1)
+        if self.pos_embed_at == "every_layer":
+            return list(x.split(1))
+        return [x, *[x if self.pos_embed_at == "shared" else None] * (depth - 1)]
+
+    def draw_tokens(self, x: Tensor) -> Tensor:
+        """Draw which of the tokens (B, N, D) stay in this step, (B, N'): some patches, and all that come before them."""
+        first = self.num_prefix_tokens + self.num_registers
+        patches = torch.rand(x.shape[0], x.shape[1] - first, device=x.device).argsort(dim=1) + first
+        before = torch.arange(first, device=x.device).expand(x.shape[0], -1)
+        return torch.cat([before, patches[:, : kept_patches(patches.shape[1], self.patch_dropout)]], dim=1)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return the image's representation (B, D) from its tokens (B, N, D), normed: class token, mean or MAP."""
+        if self.cls_token is not None:
+            output: Tensor = self.norm(x[:, 0])
+            return output
+        x = self.norm(x[:, self.num_registers :] if self.num_registers else x)  # (B, P, D)
+        return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
+
+    def units(self) -> list[nn.Module]:
+        """Return the repeated parts in order, which are what is sharded, or computed again in the backward pass, at a time."""
+        backbone = self.patch_embed.backbone
+        return [*([] if backbone is None else backbone.units()), *self.blocks]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights as the authors' code does (google-research/vision_transformer, models_vit.py)."""
+        if self.patch_embed.backbone is not None:
+            self.patch_embed.backbone.reset_parameters()
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]  # torch types a bias as optional
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
-        if isinstance(self.pos_embed, nn.Parameter):
-            nn.init.normal_(self.pos_embed, std=0.02)
+        positions = [self.pos_embed, self.pos_embed_prefix, self.pos_embed_rows, self.pos_embed_columns]
+        for drawn in [*positions, self.reg_token]:  # registers too: nothing else tells them apart
+            if isinstance(drawn, nn.Parameter):
+                nn.init.normal_(drawn, std=POSITION_STD)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()  # ones and zeros
         for module in self.blocks.modules():
             if isinstance(module, Attention):
-                for part in module.qkv.weight.chunk(3):  # three dense layers in the original: the fan-out is D, not 3D
-                    nn.init.xavier_uniform_(part)
-                nn.init.xavier_uniform_(module.proj.weight)
-                nn.init.zeros_(module.qkv.bias)
-                nn.init.zeros_(module.proj.bias)
+                reset_dense(module.qkv, parts=3)  # three dense layers in the original: the fan-out is D, not 3D
+                reset_dense(module.proj)
+                if module.relative is not None:
+                    nn.init.normal_(module.relative, std=POSITION_STD)
             elif isinstance(module, Mlp):
-                for dense in (module.fc1, module.fc2):
-                    nn.init.xavier_uniform_(dense.weight)
-                    nn.init.normal_(dense.bias, std=1e-6)
+                reset_mlp(module)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.initial)
+        if self.attn_pool is not None:  # big_vision, models/vit.py, MAPHead
+            nn.init.xavier_uniform_(self.attn_pool.latent[0])
+            for dense, parts in ((self.attn_pool.q, 1), (self.attn_pool.kv, 2), (self.attn_pool.proj, 1)):
+                reset_dense(dense, parts=parts)
+            reset_mlp(self.attn_pool.mlp)
         if self.pre_logits is not None:
             lecun_normal_(self.pre_logits.weight)
             nn.init.zeros_(self.pre_logits.bias)
@@ -283,7 +382,44 @@ class VisionTransformer(nn.Module):
         nn.init.constant_(self.head.bias, self.head_bias)
 
 
-def lecun_normal_(weight: Tensor) -> None:
-    """Fill in place as flax's default initialiser: a normal of variance 1/fan_in, cut off at two standard deviations."""
-    std = 1.0 / (math.sqrt(weight[0].numel()) * TRUNCATED_NORMAL_STD)
-    nn.init.trunc_normal_(weight, std=std, a=-2.0 * std, b=2.0 * std)
+def reset_dense(dense: nn.Linear, *, parts: int = 1) -> None:
+    """Draw Xavier-uniform weights of `parts` dense layers in one; biases become zero."""
+    for part in dense.weight.chunk(parts):
+        nn.init.xavier_uniform_(part)
+    nn.init.zeros_(dense.bias)
+
+
+def reset_mlp(mlp: Mlp) -> None:
+    """Draw Xavier-uniform weights and biases of almost zero."""
+    for dense in (mlp.fc1, mlp.fc2):
+        nn.init.xavier_uniform_(dense.weight)
+        nn.init.normal_(dense.bias, std=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- inspection
+
+
+@torch.no_grad()
+def attention_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """Return each block's softmax weights, (B, A, N, N), for images (B, 3, H, W): row q says how much token q takes of each.
+
+    As in evaluation, whatever mode the model is in. An axial block has two, along rows and along columns, with 0 in between.
+    They are made from what the blocks' attention is given on the way: the model itself keeps none and does nothing for them.
+    """
+    maps: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        del output
+        assert isinstance(module, Attention)
+        maps.append(module.weights(inputs[0]))
+
+    training = [module for module in model.modules() if module.training]
+    handles = [module.register_forward_hook(keep) for module in model.blocks.modules() if isinstance(module, Attention)]
+    try:
+        model.eval().features(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return maps

@@ -145,8 +145,6 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
                     log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
                     return result, log.train_seconds
                 parts = next_parts(micro_batches, micro_per_step, stop=stop, ranks=ranks)
-                if state.step == 0 and every.sample_images:
-                    log.images(0, "train/samples", parts[0]["images"][: every.sample_images])
                 outcome = train_step(
                     state,
                     parts,
@@ -157,6 +155,8 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
                     sums=sums,
                     say=log.message,
                 )
+                if state.step == 1 and every.sample_images:  # afterwards: TensorBoard takes a while to import
+                    log.images(0, "train/samples", parts[0]["images"][: every.sample_images])
                 log.tick(state.step)
                 watch.add(state.step - 1, outcome, parts)
                 saver.check()

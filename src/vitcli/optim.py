@@ -4,6 +4,7 @@ Adam with decoupled decay or SGD with momentum, as in the paper (2010.11929, Tab
 as in the authors' code. The element-wise ones are torch's fused ones: one pass over memory, and bit-reproducible.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 
 from vitcli.config import OptimConfig
 
-__all__ = ["Muon", "build_optimizer", "clip_gradients", "ema_start", "ema_update", "lr_at", "param_groups", "weight_norm"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Muon",
+    "build_optimizer",
+    "clip_gradients",
+    "ema_start",
+    "ema_update",
+    "lr_at",
+    "param_groups",
+    "weight_norm",
+]
 
 # ------------------------------------------------------------------------------------------------------------ optimisers
 
@@ -45,11 +58,11 @@ def build_optimizer(section: OptimConfig, model: nn.Module) -> torch.optim.Optim
         groups = split_matrices(groups)
         return Muon(groups, lr=section.lr, momentum=section.momentum, betas=betas, eps=section.eps)
     if section.name == "adamw":
-        return torch.optim.AdamW(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
+        return AdamW(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
     if section.name == "adam":
-        return torch.optim.Adam(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
+        return Adam(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
     split = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # by FSDP; torch has no fused SGD for it
-    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=not split)
+    return SGD(groups, lr=section.lr, momentum=section.momentum, fused=not split)
 
 
 def split_matrices(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,7 +81,48 @@ def split_matrices(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return split
 
 
-class Muon(torch.optim.AdamW):
+class Uncompiled(torch.optim.Optimizer):
+    """A first base before one of torch's optimisers: the same, without importing torch's compiler, which takes seconds.
+
+    torch wraps these methods so that its compiler leaves them alone. Here it is given models, never optimisers.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Do as torch's."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do as torch's."""
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Do as torch's."""
+        state: dict[str, Any] = inspect.unwrap(torch.optim.Optimizer.state_dict)(self)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do as torch's."""
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the loop computes the gradients
+        """Do as torch's."""
+        inspect.unwrap(super().step.__func__)(self, closure)  # type: ignore[attr-defined]  # a bound method has one
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    """Adam with decoupled weight decay."""
+
+
+class Adam(Uncompiled, torch.optim.Adam):
+    """Adam; weight decay is added to the gradient."""
+
+
+class SGD(Uncompiled, torch.optim.SGD):
+    """Gradient descent with momentum; weight decay is added to the gradient."""
+
+
+class Muon(AdamW):
     """Momentum made orthogonal for the matrices of hidden layers (K. Jordan, 2024), AdamW for everything else.
 
     A matrix moves along the orthogonal factor of its momentum: every direction by the same amount, however small its gradient.

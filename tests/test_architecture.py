@@ -13,7 +13,7 @@ from vitcli import config
 SRC = Path(__file__).parents[1] / "src" / "vitcli"
 # Lowest first. A leaf may import lower rooms only; a room from `weights` up may import its neighbours, without circles.
 LAYERS = (
-    {"__init__", "errors", "randomness"},
+    {"__init__", "errors", "randomness", "rendezvous"},
     {"config"},
     {"config_file"},
     {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"},

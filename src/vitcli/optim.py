@@ -34,11 +34,12 @@ __all__ = [
 def param_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters in two: kernels, which decay, and the rest, which do not.
 
-    Kernels are the weights of linear and convolution layers; biases, norms, class token and position embeddings are not
-    (big_vision's mask `.*/kernel$`). Groups hold (name, parameter) pairs in the model's order; empty groups are left out.
+    Kernels are the weights of linear and convolution layers, here whatever is called `weight` and has more than one axis; biases,
+    norms, class token and position embeddings are not (big_vision's mask `.*/kernel$`). Groups hold (name, parameter) pairs in
+    the model's order; empty groups are left out.
     """
-    kernels = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kernels = {id(parameter) for name, parameter in trainable if name.endswith("weight") and parameter.ndim > 1}
     decayed = [pair for pair in trainable if id(pair[1]) in kernels]
     others = [pair for pair in trainable if id(pair[1]) not in kernels]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -75,7 +76,7 @@ def split_matrices(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for group in groups:
         parts: dict[int, list[tuple[str, Tensor]]] = {0: [], 1: [], 3: []}
         for name, parameter in group["params"]:
-            hidden = name.startswith("blocks.") and parameter.ndim == 2
+            hidden = name.startswith("blocks.") and name.endswith(".weight") and parameter.ndim == 2
             parts[(3 if name.endswith("qkv.weight") else 1) if hidden else 0].append((name, parameter))
         split += [{**group, "params": pairs, "orthogonal": count} for count, pairs in parts.items() if pairs]
     return split

@@ -34,9 +34,9 @@ __all__ = [
 def param_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters in two: kernels, which decay, and the rest, which do not.
 
-    Kernels are the weights of linear and convolution layers, here whatever is called `weight` and has more than one axis; biases,
-    norms, class token and position embeddings are not (big_vision's mask `.*/kernel$`). Groups hold (name, parameter) pairs in
-    the model's order; empty groups are left out.
+    Kernels are the weights of linear and convolution layers, here whatever is called `weight` and has more than one axis;
+    biases, norms, class token and position embeddings are not (big_vision's mask `.*/kernel$`). Groups hold (name, parameter)
+    pairs in the model's order; empty groups are left out.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     kernels = {id(parameter) for name, parameter in trainable if name.endswith("weight") and parameter.ndim > 1}

@@ -13,11 +13,12 @@ from vitcli import config
 SRC = Path(__file__).parents[1] / "src" / "vitcli"
 # Lowest first. A leaf may import lower rooms only; a room from `weights` up may import its neighbours, without circles.
 LAYERS = (
-    {"__init__", "errors", "randomness", "section"},
+    {"__init__", "errors", "randomness", "section", "rendezvous"},
     {"model_config"},
     {"config"},
     {"config_file"},
-    {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file", "pretrained"},
+    {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"}
+    | {"pretrained"},
     {"weights", "checkpoint", "evaluate", "rundir", "recipes", "plan", "tuning", "recovery", "retention", "saving"},
     {"step", "watch"},
     {"fit"},

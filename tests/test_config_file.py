@@ -82,6 +82,8 @@ def test_an_unknown_key_names_file_line_and_the_nearest_key(tmp_path: Path) -> N
         ("train.steps=10 train.epochs=2", "train.steps and train.epochs are both given"),
         ("optim", "optim: expected key=value, such as optim.lr=3e-4"),
         ("optim.lr={", "the value is not YAML"),
+        ("optim.lr=!!float", "the value is not YAML"),
+        ("train.compile=!!bool", "the value is not YAML"),
     ],
 )
 def test_a_bad_override_gets_one_line(good: Path, override: str, said: str) -> None:

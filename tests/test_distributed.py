@@ -571,7 +571,7 @@ def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def wait_for(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(row["step"] >= step for row in rows(folder, "train")):
         if process.poll() is not None:
             pytest.fail(f"ended before step {step}: {process.communicate()[0]}")
@@ -693,12 +693,12 @@ def test_a_killed_process_ends_the_run(tmp_path: Path, together: Path, rank: int
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
-    process = start(command(tmp_path, "train.timeout_seconds=5"))
+    process = start(command(tmp_path, "train.timeout_seconds=30"))
     wait_for(process, tmp_path, 13)
     os.kill(process_of(1, process), signal.SIGSTOP)
     output = finish(process, code=1)
-    assert "rank 0 of 2: rank 1 did not answer for 5 s" in output
-    assert "Traceback (most recent call last)" not in output.split("torch/distributed/run.py")[0]
+    assert "rank 0 of 2: rank 1 did not answer for 30 s" in output
+    assert "vitcli/train.py" not in output  # torchrun's own traceback is there
 
 
 @pytest.mark.slow

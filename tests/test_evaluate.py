@@ -230,3 +230,21 @@ def test_classes_that_do_not_fit(checkpoint: list[str], dataset: list[str], says
         map_classes(checkpoint, dataset, "folder:P")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_parts_side_by_side_give_the_same_numbers(size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 7))
+    images = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8)
+    batches = [{"images": x, "labels": torch.arange(len(x)) % 7} for x in images.split(size)]
+
+    def run(lanes: int) -> EvalResult:
+        return evaluate(
+            model, batches, num_classes=7, preprocess=lambda x: x / 255.0, device=torch.device("cpu"), lanes=lanes
+        )  # fmt: skip
+
+    alone, together = run(1), run(3)
+    assert together.per_class_correct == alone.per_class_correct
+    assert together.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())

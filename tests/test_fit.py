@@ -1,4 +1,8 @@
-"""The loss and the class weights, against scikit-learn and torch."""
+"""The loss and the class weights, against scikit-learn and torch; what a run does without."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,3 +42,25 @@ def test_the_weighted_loss_is_torchs_with_its_sum_over_the_batch() -> None:
     torch.testing.assert_close(equal, classification_loss(logits, targets, kind="softmax"))
     sigmoid = classification_loss(logits, targets, kind="sigmoid", class_weights=torch.ones(4))
     torch.testing.assert_close(sigmoid, classification_loss(logits, targets, kind="sigmoid"))
+
+
+TINY = """
+model: {patch_size: 8, width: 16, depth: 1, num_heads: 2}
+data: {source: shapes, image_size: 16, shapes: {classes: 2, train_examples: 8, val_examples: 4}, workers: 0}
+train: {steps: 2, batch_size: 4, precision: float32, tune: false}
+"""
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
+def test_a_run_imports_neither_the_compiler_nor_torchvision(name: str, tmp_path: Path) -> None:
+    """They take longer than everything else up to the first step together."""
+    (tmp_path / "tiny.yaml").write_text(TINY + f"optim: {{name: {name}}}\n")
+    code = (
+        "import sys\n"
+        "from vitcli.cli import main\n"
+        "sys.argv = ['vit', 'pretrain', '--config', 'tiny.yaml']\n"
+        "main.__globals__['app'](standalone_mode=False)\n"
+        "print(sorted({'torch._dynamo', 'torchvision', 'torch.fx.experimental.symbolic_shapes'} & sys.modules.keys()))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert run.stdout.splitlines()[-1] == "[]", run.stdout + run.stderr

@@ -99,6 +99,6 @@ def test_an_error_is_raised_and_threads_are_given_back(lanes: Lanes) -> None:
 
 def test_short_portions_are_not_worth_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert choose_lanes(flops_per_image=547_000_000, images=128) == 4
-    assert choose_lanes(flops_per_image=7_000_000, images=128) == 1
-    assert choose_lanes(flops_per_image=10**12, images=3) == 1
+    assert choose_lanes(flops=3 * 547e6 * 128, images=128) == 4
+    assert choose_lanes(flops=3 * 7e6 * 128, images=128) == 1
+    assert choose_lanes(flops=1e15, images=3) == 1

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vitcli.config_file import shown
 from vitcli.errors import CheckpointError
 from vitcli.in_use import held, unread
 from vitcli.optimizer_file import read_optimizer, write_optimizer
@@ -509,7 +510,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise CheckpointError(
                 f"{path}: a pickle or zip archive, and unpickling can run anything; expected a .safetensors file"
             ) from None
-        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({error})") from None
+        raise CheckpointError(f"{path}: not a safetensors file, or a damaged one ({shown(error)})") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if "vit" not in metadata:

@@ -107,7 +107,7 @@ class Layers:
             try:
                 loader, node = compose(text)
                 value = None if node is None else loader.construct_object(node, deep=True)
-            except (yaml.YAMLError, ValueError, KeyError):
+            except (yaml.YAMLError, ValueError, LookupError):  # `!!bool maybe`, and `!!float` of nothing
                 raise ConfigError(f"{shown(word)}: the value is not YAML; quote it for the shell") from None
             if isinstance(value, dict) and not text.lstrip().startswith("{"):
                 value = text  # `folder:` alone is a name, not a map
@@ -220,7 +220,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, KeyError) as error:  # KeyError: `!!bool maybe`
+    except (yaml.YAMLError, ValueError, LookupError) as error:
         raise ConfigError(f"{path}: not valid YAML: {shown(str(error).splitlines()[0])}") from None
     return values, lines
 

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vitcli.errors import CheckpointError, Interrupted, UserError
+from vitcli.rendezvous import fresh_store
 
 __all__ = ["SOLO", "Engine", "Parallel", "Ranks", "States", "choose_parallel", "is_agreed", "process_group"]
 
@@ -179,7 +180,8 @@ def process_group(*, device_type: str, timeout_seconds: float) -> Iterator[Ranks
         torch.cuda.set_device(ranks.local_rank)
     store = None
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        shared, _, _ = next(rendezvous("env://", timeout=timeout))
+        store = fresh_store(shared, rank=ranks.rank, ranks=ranks.ranks, timeout_seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.ranks, timeout=timeout)
         yield replace(ranks, store=store)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitcli.distributed import SOLO, Ranks
 from vitcli.errors import DataError, Interrupted, UserError
+from vitcli.lanes import Lanes
 
 __all__ = ["EvalResult", "evaluate", "map_classes"]
 
@@ -80,6 +81,7 @@ def evaluate(
     class_map: Tensor | None = None,
     should_stop: Callable[[], object] | None = None,
     ranks: Ranks = SOLO,
+    lanes: int = 1,
 ) -> EvalResult:
     """Run `model` over `batches` and count; the model's training modes are as before afterwards.
 
@@ -92,6 +94,7 @@ def evaluate(
         class_map: (data set's classes,) to the model's, from `map_classes`.
         should_stop: called before each batch; raises to end the evaluation (`Interrupted`).
         ranks: those who share the evaluation; each returns the result of all.
+        lanes: parts of a batch that go through the model side by side, a thread each (CPU).
 
     Raises:
         DataError: there are no examples, or a label is not one of the model's classes.
@@ -104,6 +107,14 @@ def evaluate(
     counts = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,)
     losses: list[Tensor] = []  # 0-d float64, one per batch
     modes = [(module, module.training) for module in model.modules()]
+
+    side_by_side = Lanes(model, count=lanes)
+
+    def answer(net: nn.Module, images: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits: Tensor = net(images)
+        return logits
+
     started = time.perf_counter()
     model.eval()
     try:
@@ -112,8 +123,7 @@ def evaluate(
             for batch in in_step(batches, ranks=ranks, should_stop=should_stop):
                 labels = target_labels(batch["labels"], num_classes=num_classes, class_map=class_map).to(device)  # (b,)
                 images = preprocess(batch["images"].to(device, non_blocking=True))
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    logits = model(images)
+                logits = torch.cat(side_by_side.run(answer, images.tensor_split(lanes) if len(images) >= lanes else [images]))
                 if len(labels) == 0:
                     continue
                 logits = logits.double()  # (b, K)
@@ -131,6 +141,7 @@ def evaluate(
                     targets = F.one_hot(labels, num_classes).double()
                     losses.append(F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"))
     finally:
+        side_by_side.close()
         for module, training in modes:
             module.training = training
     for counted in (hits, hits_top5, counts):

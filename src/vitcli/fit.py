@@ -28,7 +28,7 @@ from vitcli.distributed import SOLO, Engine, Ranks, States, is_agreed
 from vitcli.errors import DataError, Interrupted, UserError
 from vitcli.evaluate import EvalResult, evaluate
 from vitcli.interrupts import StopSignals
-from vitcli.lanes import Lanes
+from vitcli.lanes import Lanes, choose_lanes
 from vitcli.logs import RunLog
 from vitcli.models import build_model
 from vitcli.optim import build_optimizer, ema_start, weight_norm
@@ -145,8 +145,6 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
                     log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
                     return result, log.train_seconds
                 parts = next_parts(micro_batches, micro_per_step, stop=stop, ranks=ranks)
-                if state.step == 0 and every.sample_images:
-                    log.images(0, "train/samples", parts[0]["images"][: every.sample_images])
                 outcome = train_step(
                     state,
                     parts,
@@ -157,6 +155,8 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
                     sums=sums,
                     say=log.message,
                 )
+                if state.step == 1 and every.sample_images:  # afterwards: TensorBoard takes a while to import
+                    log.images(0, "train/samples", parts[0]["images"][: every.sample_images])
                 log.tick(state.step)
                 watch.add(state.step - 1, outcome, parts)
                 saver.check()
@@ -335,6 +335,7 @@ def evaluate_now(
             check=stop.check,
             class_map=job.val_classes,
             ranks=job.ranks,
+            flops_per_image=job.plan.flops_per_image,
         )
     log.eval_row(state.step, {"loss": result.loss, "top1": result.top1, "top5": result.top5, "seconds": result.seconds})
     return result
@@ -377,10 +378,12 @@ def evaluate_source(
     num_classes: int,
     warn: Callable[[str], object],
     check: Callable[[], None] | None = None,
+    flops_per_image: int,
     class_map: Tensor | None = None,
     ranks: Ranks = SOLO,
 ) -> EvalResult:
     """Evaluate on every image of a source once, with the config's preprocessing, loss and precision."""
+    alone = device.type == "cpu" and ranks.ranks == 1 and not config.train.compile
     data = config.data
     transform = EvalTransform(image_size=data.image_size, crop_fraction=data.eval_crop_fraction)
     batches = eval_batches(
@@ -406,4 +409,5 @@ def evaluate_source(
         should_stop=check,
         class_map=class_map,
         ranks=ranks,
+        lanes=choose_lanes(flops=flops_per_image * batch_size, images=batch_size) if alone else 1,
     )

@@ -15,21 +15,21 @@ from torch import nn
 
 __all__ = ["Lanes", "choose_lanes", "twin"]
 
-WORTH_FLOPS = 2e9  # forward and backward on a lane's portion; with less, the interpreter holds the lanes up
+WORTH_FLOPS = 2e9  # of a lane's portion; with less, the interpreter holds the lanes up
 
 Portion = TypeVar("Portion")
 Result = TypeVar("Result")
 
 
-def choose_lanes(*, flops_per_image: int, images: int) -> int:
-    """Return how many lanes suit a model on this CPU: one for each of torch's threads, or 1 where portions are too short.
+def choose_lanes(*, flops: float, images: int) -> int:
+    """Return how many lanes suit work on this CPU: one for each of torch's threads, or 1 where their portions are too small.
 
     Args:
-        flops_per_image: forward.
-        images: that go through the model at once.
+        flops: of all the images.
+        images: to be shared among the lanes.
     """
     threads = torch.get_num_threads()
-    return threads if images >= threads and 3 * flops_per_image * images / threads >= WORTH_FLOPS else 1
+    return threads if images >= threads and flops / threads >= WORTH_FLOPS else 1
 
 
 def twin(model: nn.Module) -> Any:

@@ -147,10 +147,7 @@ class RunLog:
         if not self.writes:
             return
         with self.paused():
-            from torchvision.utils import make_grid
-
-            grid = make_grid(images.cpu(), nrow=math.ceil(math.sqrt(len(images))), padding=2)
-            self.writer().add_image(tag, grid, global_step=step)
+            self.writer().add_images(tag, images.cpu(), global_step=step)
 
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Put flat settings, and the numbers to compare runs by (say `eval/top1`), into TensorBoard's HPARAMS page."""

@@ -4,6 +4,7 @@ Adam with decoupled decay or SGD with momentum, as in the paper (2010.11929, Tab
 as in the authors' code. The element-wise ones are torch's fused ones: one pass over memory, and bit-reproducible.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 
 from vitcli.config import OptimConfig
 
-__all__ = ["Muon", "build_optimizer", "clip_gradients", "ema_start", "ema_update", "lr_at", "param_groups", "weight_norm"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Muon",
+    "build_optimizer",
+    "clip_gradients",
+    "ema_start",
+    "ema_update",
+    "lr_at",
+    "param_groups",
+    "weight_norm",
+]
 
 # ------------------------------------------------------------------------------------------------------------ optimisers
 
@@ -21,11 +34,12 @@ __all__ = ["Muon", "build_optimizer", "clip_gradients", "ema_start", "ema_update
 def param_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters in two: kernels, which decay, and the rest, which do not.
 
-    Kernels are the weights of linear and convolution layers; biases, norms, class token and position embeddings are not
-    (big_vision's mask `.*/kernel$`). Groups hold (name, parameter) pairs in the model's order; empty groups are left out.
+    Kernels are the weights of linear and convolution layers, here whatever is called `weight` and has more than one axis;
+    biases, norms, class token and position embeddings are not (big_vision's mask `.*/kernel$`). Groups hold (name, parameter)
+    pairs in the model's order; empty groups are left out.
     """
-    kernels = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kernels = {id(parameter) for name, parameter in trainable if name.endswith("weight") and parameter.ndim > 1}
     decayed = [pair for pair in trainable if id(pair[1]) in kernels]
     others = [pair for pair in trainable if id(pair[1]) not in kernels]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -45,11 +59,11 @@ def build_optimizer(section: OptimConfig, model: nn.Module) -> torch.optim.Optim
         groups = split_matrices(groups)
         return Muon(groups, lr=section.lr, momentum=section.momentum, betas=betas, eps=section.eps)
     if section.name == "adamw":
-        return torch.optim.AdamW(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
+        return AdamW(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
     if section.name == "adam":
-        return torch.optim.Adam(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
+        return Adam(groups, lr=section.lr, betas=betas, eps=section.eps, fused=True)
     split = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # by FSDP; torch has no fused SGD for it
-    return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, fused=not split)
+    return SGD(groups, lr=section.lr, momentum=section.momentum, fused=not split)
 
 
 def split_matrices(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -62,13 +76,54 @@ def split_matrices(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for group in groups:
         parts: dict[int, list[tuple[str, Tensor]]] = {0: [], 1: [], 3: []}
         for name, parameter in group["params"]:
-            hidden = name.startswith("blocks.") and parameter.ndim == 2
+            hidden = name.startswith("blocks.") and name.endswith(".weight") and parameter.ndim == 2
             parts[(3 if name.endswith("qkv.weight") else 1) if hidden else 0].append((name, parameter))
         split += [{**group, "params": pairs, "orthogonal": count} for count, pairs in parts.items() if pairs]
     return split
 
 
-class Muon(torch.optim.AdamW):
+class Uncompiled(torch.optim.Optimizer):
+    """A first base before one of torch's optimisers: the same, without importing torch's compiler, which takes seconds.
+
+    torch wraps these methods so that its compiler leaves them alone. Here it is given models, never optimisers.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Do as torch's."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do as torch's."""
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Do as torch's."""
+        state: dict[str, Any] = inspect.unwrap(torch.optim.Optimizer.state_dict)(self)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do as torch's."""
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the loop computes the gradients
+        """Do as torch's."""
+        inspect.unwrap(super().step.__func__)(self, closure)  # type: ignore[attr-defined]  # a bound method has one
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    """Adam with decoupled weight decay."""
+
+
+class Adam(Uncompiled, torch.optim.Adam):
+    """Adam; weight decay is added to the gradient."""
+
+
+class SGD(Uncompiled, torch.optim.SGD):
+    """Gradient descent with momentum; weight decay is added to the gradient."""
+
+
+class Muon(AdamW):
     """Momentum made orthogonal for the matrices of hidden layers (K. Jordan, 2024), AdamW for everything else.
 
     A matrix moves along the orthogonal factor of its momentum: every direction by the same amount, however small its gradient.

@@ -135,7 +135,7 @@ def count_lanes(config: Config, *, flops_per_image: int, device: torch.device, r
     if device.type != "cpu" or ranks > 1 or random or train.compile or train.activation_checkpointing:
         return 1
     assert train.micro_batch_size is not None
-    return choose_lanes(flops_per_image=flops_per_image, images=train.micro_batch_size)
+    return choose_lanes(flops=3 * flops_per_image * train.micro_batch_size, images=train.micro_batch_size)
 
 
 def _micro_batch_size(config: Config, device: torch.device) -> int:

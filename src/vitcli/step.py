@@ -18,7 +18,7 @@ from vitcli.data.loader import Batch
 from vitcli.data.transforms import mix_batch, normalise
 from vitcli.distributed import Engine, Ranks
 from vitcli.lanes import Lanes
-from vitcli.optim import clip_gradients, ema_update
+from vitcli.optim import SGD, Adam, AdamW, clip_gradients, ema_update
 from vitcli.plan import lr_of_step
 from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Verdict, judge
@@ -26,7 +26,7 @@ from vitcli.recovery import LossScale, Verdict, judge
 __all__ = ["Outcome", "State", "classification_loss", "is_out_of_memory", "soft_targets", "train_step"]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SKIPPING = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # where fused, on a GPU
+SKIPPING = (AdamW, Adam, SGD)  # where fused, on a GPU
 
 
 @dataclass

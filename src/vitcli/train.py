@@ -406,6 +406,7 @@ def evaluate_checkpoint(
         num_classes=num_classes,
         warn=say,
         class_map=class_map,
+        flops_per_image=flops_of(pretrained, image_size=config.data.image_size),
     )
     head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
     return {**head, **result.as_dict(classes)}

@@ -18,8 +18,9 @@ def sincos2d_positions(*, grid_size: tuple[int, int], width: int, temperature: f
     if width % 4 or width < 8:
         raise ValueError(f"sincos2d positions need a width that is a multiple of 4 and at least 8, got {width}")
     rows, columns = grid_size
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    frequencies = temperature ** -torch.linspace(0.0, 1.0, width // 4, dtype=torch.float64)  # (D/4,)
+    # On the CPU also where a model is built without memory: torch would import its compiler for a range on its meta device.
+    y, x = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
+    frequencies = temperature ** -torch.linspace(0.0, 1.0, width // 4, dtype=torch.float64, device="cpu")  # (D/4,)
     y, x = (axis.flatten()[:, None] * frequencies for axis in (y, x))  # (P, D/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()  # (1, P, D)
 

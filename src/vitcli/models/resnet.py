@@ -387,6 +387,8 @@ class ResNet(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights as big_vision's bit_paper.py."""
+        if self.head.weight.is_meta:  # nothing to fill; torch would import its compiler for a random number there
+            return
         reset_layers(self)
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, self.head_bias)

@@ -347,6 +347,8 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights as the authors' code does (google-research/vision_transformer, models_vit.py)."""
+        if self.head.weight.is_meta:  # nothing to fill; torch would import its compiler for a random number there
+            return
         if self.patch_embed.backbone is not None:
             self.patch_embed.backbone.reset_parameters()
         lecun_normal_(self.patch_embed.proj.weight)

@@ -16,7 +16,7 @@ LAYERS = (
     {"__init__", "errors", "randomness", "section", "rendezvous"},
     {"model_config"},
     {"config"},
-    {"config_file"},
+    {"config_file", "pretrained"},
     {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"}
     | {"pretrained"},
     {"weights", "checkpoint", "evaluate", "rundir", "recipes", "plan", "tuning", "recovery", "retention", "saving"},

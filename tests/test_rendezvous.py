@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from torch.distributed import DistNetworkError, HashStore, Store
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import DistNetworkError
+from torch.distributed.distributed_c10d import Store
 
 from vitcli.rendezvous import fresh_store
 

@@ -8,7 +8,8 @@ since every node counts its own. So the ranks agree on a name that nobody has us
 import time
 import uuid
 
-from torch.distributed import DistNetworkError, PrefixStore, Store
+from torch.distributed import DistNetworkError
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 __all__ = ["fresh_store"]
 

@@ -57,7 +57,7 @@ def test_an_unknown_key_names_file_line_and_the_nearest_key(tmp_path: Path) -> N
         ("train.steps=2.5", "train.steps is 2.5; expected a valid integer"),
         ("lr=3", "lr is not a setting; did you mean optim.lr?"),
         ("nonsense=1", "nonsense is not a setting; `vit schema` lists the settings"),
-        ("model.pool=max", "model.pool is 'max'; expected 'token' or 'gap'"),
+        ("model.pool=max", "model.pool is 'max'; expected 'token', 'gap' or 'map'"),
         ("data.image_size=30", "data.image_size is 30 x 30, which patches of 4 px do not divide"),
         ("data.image_size=[32,a]", "data.image_size is [32, 'a']; expected a valid integer"),
         ("model.num_heads=5", "model.width is 192, which model.num_heads (5) does not divide"),

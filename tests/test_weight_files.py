@@ -60,6 +60,19 @@ def saved(kind: str, path: Path) -> Path:
 KINDS = ("safetensors", "torch", "legacy", "npz")
 
 
+@pytest.mark.parametrize("header_bytes", [2_176, 19_280])
+def test_a_safetensors_file_that_begins_as_a_pickle_or_zip_does(tmp_path: Path, header_bytes: int) -> None:
+    """The header's length comes first, and any byte may stand there."""
+    content = saved("safetensors", tmp_path / "plain").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].ljust(header_bytes)
+    (tmp_path / "weights").write_bytes(header_bytes.to_bytes(8, "little") + header + content[8 + length :])
+    assert (tmp_path / "weights").read_bytes()[:2] in (b"\x80\x08", b"PK")
+    found = read_tensors(tmp_path / "weights")
+    assert found.kind == "safetensors"
+    assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in state().items())
+
+
 # --------------------------------------------------------------------------------------------------------------- what is read
 
 

@@ -316,9 +316,10 @@ def test_what_hugging_face_has_not_is_refused(section, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "depth", "heads", "patch"), [(384, 12, 6, 32), (768, 12, 12, 16), (1024, 24, 16, 32)])
-def test_full_sizes(tmp_path, width, depth, heads, patch):
+@pytest.mark.parametrize("image_size", [224, 96])
+def test_full_sizes(tmp_path, width, depth, heads, patch, image_size):
     sizes = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width)
-    config = ViTConfig(**sizes, patch_size=patch, num_labels=1000)
+    config = ViTConfig(**sizes, patch_size=patch, image_size=image_size, num_labels=1000)
     theirs = randomise(ViTForImageClassification(config))
     theirs.save_pretrained(tmp_path)
     assert difference(open_weights(tmp_path), lambda images: theirs(images).logits) < TOLERANCE

@@ -356,8 +356,9 @@ def test_a_resnet_of_other_sizes_is_refused():
     "name",
     ["vit_tiny_patch16_224", "vit_small_patch32_224", "vit_base_patch16_224", "vit_large_patch32_224", "vit_base_r50_s16_224"],
 )
-def test_full_sizes(tmp_path, name):
-    theirs = randomise(timm.create_model(name, num_classes=1000))  # some have no head unless asked
+@pytest.mark.parametrize("image_size", [224, 96])
+def test_full_sizes(tmp_path, name, image_size):
+    theirs = randomise(timm.create_model(name, num_classes=1000, img_size=image_size))  # some have no head unless asked
     read = open_weights(save(theirs, tmp_path))
     assert difference(read, theirs) < TOLERANCE
 

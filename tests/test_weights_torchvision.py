@@ -107,7 +107,8 @@ def test_other_tensors_are_refused_with_their_names(tmp_path, spoil, words):
 
 
 @pytest.mark.slow
-def test_full_size(tmp_path):
-    theirs = randomise(vit_b_32())
+@pytest.mark.parametrize("image_size", [224, 96])
+def test_full_size(tmp_path, image_size):
+    theirs = randomise(vit_b_32(image_size=image_size))
     torch.save(theirs.state_dict(), tmp_path / "vit_b_32.pth")
     assert difference(open_weights(tmp_path / "vit_b_32.pth"), theirs) < TOLERANCE

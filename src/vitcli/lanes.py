@@ -15,7 +15,7 @@ from torch import nn
 
 __all__ = ["Lanes", "choose_lanes", "twin"]
 
-WORTH_FLOPS = 2e9  # of a lane's portion; with less, the interpreter holds the lanes up
+WORTH_FLOPS = 1e9  # of a lane's portion; with less, the interpreter holds the lanes up
 
 Portion = TypeVar("Portion")
 Result = TypeVar("Result")

@@ -51,16 +51,17 @@ train: {steps: 2, batch_size: 4, precision: float32, tune: false}
 """
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
-def test_a_run_imports_neither_the_compiler_nor_torchvision(name: str, tmp_path: Path) -> None:
+def test_no_run_imports_the_compiler_or_torchvision(tmp_path: Path) -> None:
     """They take longer than everything else up to the first step together."""
-    (tmp_path / "tiny.yaml").write_text(TINY + f"optim: {{name: {name}}}\n")
+    (tmp_path / "tiny.yaml").write_text(TINY)
     code = (
         "import sys\n"
-        "from vitcli.cli import main\n"
-        "sys.argv = ['vit', 'pretrain', '--config', 'tiny.yaml']\n"
-        "main.__globals__['app'](standalone_mode=False)\n"
-        "print(sorted({'torch._dynamo', 'torchvision', 'torch.fx.experimental.symbolic_shapes'} & sys.modules.keys()))\n"
+        "from vitcli.cli import app\n"
+        "for name in ('adamw', 'adam', 'sgd', 'muon'):\n"
+        "    words = ['pretrain', '--config', 'tiny.yaml', '--out', name, f'optim.name={name}']\n"
+        "    app(words, standalone_mode=False)\n"
+        "    late = {'torch._dynamo', 'torchvision', 'torch.fx.experimental.symbolic_shapes'} & sys.modules.keys()\n"
+        "    assert not late, (name, late)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert run.stdout.splitlines()[-1] == "[]", run.stdout + run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr

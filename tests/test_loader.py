@@ -1,6 +1,7 @@
 """Loader: the same batches from a thread, from any processes, and in shares; bad images end the run or are replaced."""
 
 import io
+import itertools
 import os
 import signal
 import threading
@@ -145,8 +146,10 @@ def test_micro_batches_do_not_change_the_images() -> None:
     assert torch.equal(whole, parts)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "files"])
-@pytest.mark.parametrize("ranks", [2, 3, 64])
+@pytest.mark.parametrize(
+    ("ranks", "kind"),
+    [*itertools.product((2, 3), ("uniform", "files")), (64, "uniform"), pytest.param(64, "files", marks=pytest.mark.slow)],
+)
 def test_the_shares_of_all_ranks_are_what_one_rank_sees(tmp_path: Path, kind: str, ranks: int) -> None:
     source = source_of(kind, tmp_path)
     reference = list(run(source, total=3, batch=11, micro=8))

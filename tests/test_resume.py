@@ -83,8 +83,8 @@ def test_killed_at_random_points_and_resumed_with_other_worker_counts(uninterrup
     config, out = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(CONFIG)
     chance = random.Random(20261122)
-    points = sorted(chance.sample(range(2, STEPS - 2), 5))
-    for point, workers in zip(points, (0, 2, 1, 0, 3), strict=True):
+    points = sorted(chance.sample(range(2, STEPS - 2), 3))  # test_faults.py has many more
+    for point, workers in zip(points, (0, 2, 3), strict=True):
         process = start(config, out, f"data.workers={workers}")
         wait_for(process, out, point)
         time.sleep(chance.random() * 0.02)

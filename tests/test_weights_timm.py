@@ -159,7 +159,9 @@ def test_logits_of_hybrids_equal_timms(tmp_path, units, image_size):
     assert tuple(read.model["resnet_units"]) == units
 
 
-@pytest.mark.parametrize(("units", "factor", "image_size"), [((1, 2), 1, 64), ((1, 1, 1, 1), 2, 224)])
+@pytest.mark.parametrize(
+    ("units", "factor", "image_size"), [((1, 2), 1, 64), pytest.param((1, 1, 1, 1), 2, 224, marks=pytest.mark.slow)]
+)
 def test_logits_of_resnets_equal_timms(tmp_path, units, factor, image_size):
     theirs = randomise(
         ResNetV2(
@@ -286,7 +288,7 @@ def test_exported_weights_are_timms(tmp_path, name):
     "section",
     [
         {"resnet_units": [], "patch_size": 8},
-        {"resnet_units": [2, 2, 2, 2], "patch_size": 1},
+        pytest.param({"resnet_units": [2, 2, 2, 2], "patch_size": 1}, marks=pytest.mark.slow),
     ],
     ids=["root", "R26"],
 )

@@ -235,6 +235,7 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(layers, self.num_prefix_tokens + rows * columns, width))
         elif pos_embed == "sincos2d":
             positions = sincos2d_positions(grid_size=self.grid_size, width=width)
+            positions = positions.to(self.patch_embed.proj.weight.device)
             positions = F.pad(positions, (0, 0, self.num_prefix_tokens, 0))  # nothing is added to the class token
             self.register_buffer("pos_embed", positions, persistent=False)
         else:

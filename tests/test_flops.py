@@ -202,7 +202,10 @@ def products_with_padding(model: nn.Module) -> int:
     return wasted
 
 
-@pytest.mark.parametrize(("variant", "epochs", "exaflops"), TABLE_6)
+@pytest.mark.parametrize(
+    ("variant", "epochs", "exaflops"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0].startswith(("R101", "R152", "R200")) else ()) for row in TABLE_6],
+)
 def test_the_papers_exaflops(variant: str, epochs: int, exaflops: int) -> None:
     hidden = None if "x" in variant else "width"
     section = resolved({"variant": variant, "representation_size": hidden})

@@ -42,7 +42,7 @@ from vitcli.data.shard_sets import MOST_SHARDS, count_braced, expand_braces, rea
 from vitcli.data.tar import BLOCK, iter_members
 from vitcli.errors import CheckpointError, ConfigError, DataError, UserError
 
-FEW, MANY = 50, 5_000  # inputs for each reader
+FEW, MANY = 30, 5_000  # inputs for each reader
 Read = TypeVar("Read")
 
 inputs = pytest.mark.parametrize("inputs", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])

@@ -58,6 +58,7 @@ def test_bit_is_timms(units: tuple[int, ...], width: int, image_size: tuple[int,
     assert largest_difference(ours, theirs, image_size) < 1e-4
 
 
+@pytest.mark.slow
 def test_r50x1_is_timms() -> None:
     section = resolve_model(ModelConfig(variant="R50x1", weight_standardisation="timm"))
     ours = filled(build_model(section, image_size=(64, 64), num_classes=10))
@@ -96,7 +97,7 @@ def test_hybrids_have_timms_names_and_shapes(variant: str, name: str) -> None:
     assert len(ours.units()) == 12 + (16 if variant == "R50+B/16" else 8)
 
 
-@pytest.mark.parametrize("side", [64, 96])
+@pytest.mark.parametrize("side", [64, pytest.param(96, marks=pytest.mark.slow)])
 def test_hybrid_is_timms(side: int) -> None:
     section = ModelConfig(variant="R26+S/32", weight_standardisation="timm", group_norm_eps=1e-5, gelu="exact")
     ours = filled(build_model(resolve_model(section), image_size=(side, side), num_classes=10))

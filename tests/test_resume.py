@@ -99,7 +99,7 @@ def test_killed_at_random_points_and_resumed_with_other_worker_counts(uninterrup
     assert rows(out) == rows(uninterrupted)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_saves_first_and_the_same_command_goes_on(uninterrupted: Path, tmp_path: Path, signum: int, code: int) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(CONFIG)

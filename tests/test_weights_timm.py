@@ -301,6 +301,7 @@ def test_exported_hybrids_are_timms(tmp_path, section):
     assert len(timm_differences(our_weights((64, 64), **{"width": 64, "depth": 1, "num_heads": 2} | section))) == 2
 
 
+@pytest.mark.slow
 def test_an_exported_resnet_is_timms(tmp_path):
     ours = our_weights((64, 64), variant="R50x1", weight_standardisation="timm")
     theirs = timm.create_model(f"local-dir:{write(ours, tmp_path)}", pretrained=True).eval()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,12 +53,18 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
 
 
 def test_loader_processes_do_not_keep_a_dead_runs_lock(tmp_path: Path) -> None:
-    code = "    if os.fork() == 0:\n        time.sleep(3)\n        os._exit(0)"
+    code = "    if os.fork() == 0:\n        time.sleep(6)\n        os._exit(0)"
     holder = start_holder(tmp_path, code)
     holder.kill()
     holder.wait()
-    with lock_run(tmp_path):  # its child is still asleep
-        pass
+    deadline = time.monotonic() + 4  # its child is still asleep then, but may not have come to its first instruction yet
+    while True:
+        try:
+            with lock_run(tmp_path):
+                break
+        except RunExistsError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
     holder.communicate()
 
 

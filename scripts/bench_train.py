@@ -2,11 +2,13 @@
 
     python scripts/bench_train.py --data /data/cifar10 --models 4m 0.2m --json train.json
 
-Same Vision Transformer (tanh GELU, class token), same folders of pictures (DATA/train/CLASS/*, DATA/test/CLASS/*), same batch,
-pad-crop and flip, AdamW, clipping at 1, same precision. `vit` is `vit pretrain` as it comes. The others run the loop of timm's
-train.py and of torchvision's references/classification on those packages' own models, loaders and optimisers, Hugging Face's
-Trainer, and vit-pytorch's model in a plain loop; each first tries every setting of its own (loader processes, threads, fused
-optimiser, compilation), the fastest goes on. Every measurement is a process of its own; rounds alternate, medians are printed.
+Same Vision Transformer (tanh GELU, class token) or BiT ResNet, same folders of pictures (DATA/train/CLASS/*,
+DATA/test/CLASS/*), same batch, pad-crop and flip, AdamW, clipping at 1, same precision. `vit` is `vit pretrain` as it comes.
+The others run the loop of timm's train.py and of torchvision's references/classification on those packages' own models,
+loaders and optimisers, Hugging Face's Trainer, and vit-pytorch's model in a plain loop (it has no ResNet; torchvision's does
+not standardise kernels, and activates after its convolutions); each first tries every setting of its own (loader processes,
+threads, fused optimiser, compilation), the fastest goes on. Every measurement is a process of its own; rounds alternate,
+medians are printed.
 The limit is what bare matrix products of the model's shapes reach, forward and backward; a share is of that.
 """
 
@@ -49,23 +51,46 @@ PHASES = ("data", "forward", "backward", "optimiser")
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a Vision Transformer."""
+    """Sizes of a Vision Transformer; or of a ResNet with a small root, when `units` of its blocks are given."""
 
     side: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
+    patch: int = 1
+    width: int = 64
+    depth: int = 1
+    heads: int = 1
+    units: tuple[int, ...] = ()
 
     @property
-    def tokens(self) -> int:
-        return (self.side // self.patch) ** 2 + 1
+    def section(self) -> dict[str, Any]:
+        """Return what a configuration of ours says under `model`."""
+        if self.units:
+            return {"kind": "resnet", "resnet_units": list(self.units), "resnet_width": self.width, "resnet_root": "small"}
+        return {"patch_size": self.patch, "width": self.width, "depth": self.depth, "num_heads": self.heads}
 
     @property
     def flops(self) -> int:
         """Of one image forward."""
-        section = ModelConfig(patch_size=self.patch, width=self.width, depth=self.depth, num_heads=self.heads)
+        section = ModelConfig.model_validate(self.section)
         return forward_flops(resolve_model(section), image_size=(self.side, self.side), num_classes=CLASSES)
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """Return rows for one image, inner and outer size of the matrix products that most of the work is."""
+        if not self.units:
+            tokens = (self.side // self.patch) ** 2 + 1
+            sizes = ((1, 3), (1, 1), (1, 4), (4, 1))
+            return [(tokens, self.width * inner, self.width * outer) for inner, outer in sizes]
+        found, inputs = [], self.width
+        for block, count in enumerate(self.units):
+            middle, pixels = self.width * 2**block, (self.side // 2**block) ** 2
+            for _ in range(count):
+                found += [(pixels, inputs, middle), (pixels, 9 * middle, middle), (pixels, middle, 4 * middle)]
+                inputs = 4 * middle
+        return found
+
+    def __str__(self) -> str:
+        if self.units:
+            return f"ResNet, {' + '.join(map(str, self.units))} units, width {self.width} at {self.side} px"
+        return f"width {self.width}, depth {self.depth}, patch {self.patch} at {self.side} px"
 
 
 MODELS = {
@@ -74,6 +99,7 @@ MODELS = {
     "ti4": Model(32, 4, 192, 12, 3),
     "s4": Model(32, 4, 384, 12, 6),
     "ti16": Model(224, 16, 192, 12, 3),
+    "resnet": Model(32, width=64, units=(2, 2, 2)),
 }
 
 
@@ -208,7 +234,7 @@ class Metered:
 
 def ours(job: Job, meter: Meter) -> None:
     from vitcli import fit, train
-    from vitcli.models import VisionTransformer
+    from vitcli.models import ResNet, VisionTransformer
 
     model, setting = job.model, job.setting
     workers = "" if setting.workers == 0 else f"workers: {setting.workers}"
@@ -216,7 +242,7 @@ def ours(job: Job, meter: Meter) -> None:
         config = Path(place) / "config.yaml"
         config.write_text(
             f"out: {place}/run\n"
-            f"model: {{patch_size: {model.patch}, width: {model.width}, depth: {model.depth}, num_heads: {model.heads}}}\n"
+            f"model: {json.dumps(model.section)}\n"
             f"data: {{source: 'folder:{job.data}', image_size: {model.side}, {workers}}}\n"
             "augment: {crop: pad, pad: 4, flip: true}\n"
             f"optim: {{name: adamw, lr: {LR}, weight_decay: {WEIGHT_DECAY}, grad_clip: {CLIP}}}\n"
@@ -229,7 +255,8 @@ def ours(job: Job, meter: Meter) -> None:
         room: Any = fit  # whose names are replaced
         real = room.train_batches
         room.train_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
-        VisionTransformer.forward = meter.timed("forward", VisionTransformer.forward)  # type: ignore[method-assign]
+        for kind in (VisionTransformer, ResNet):
+            kind.forward = meter.timed("forward", kind.forward)  # type: ignore[method-assign]
         train.pretrain(config, [], dry_run=False, say=lambda text: None)
 
 
@@ -239,7 +266,7 @@ def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
     from vitcli.data.loader import choose_workers
     from vitcli.data.sources import open_source
     from vitcli.device import keep_freed_memory
-    from vitcli.models import VisionTransformer, build_model
+    from vitcli.models import build_model
     from vitcli.plan import resolve
 
     keep_freed_memory()
@@ -249,7 +276,7 @@ def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
     workers = config.data.workers if config.data.workers is not None else choose_workers(source, job.device.type)
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     net = build_model(config.model, image_size=config.data.image_size, num_classes=CLASSES).to(job.device)
-    VisionTransformer.forward = meter.timed("forward", VisionTransformer.forward)  # type: ignore[method-assign]
+    type(net).forward = meter.timed("forward", type(net).forward)  # type: ignore[method-assign]
     room: Any = fit  # whose names are replaced
     real = room.eval_batches
     room.eval_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
@@ -270,6 +297,14 @@ def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
 
 
 def timm_model(model: Model) -> nn.Module:
+    if model.units:
+        from timm.layers import StdConv2d
+        from timm.models.resnetv2 import ResNetV2
+
+        channels = tuple(4 * model.width * 2**block for block in range(len(model.units)))
+        net = ResNetV2(list(model.units), channels=channels, num_classes=CLASSES, stem_chs=model.width)
+        net.stem = StdConv2d(3, model.width, kernel_size=3, padding=1, bias=False)
+        return net
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -284,6 +319,16 @@ def timm_model(model: Model) -> nn.Module:
 
 
 def torchvision_model(model: Model) -> nn.Module:
+    if model.units:
+        from torchvision.models.resnet import Bottleneck, ResNet
+
+        if len(model.units) != 3 or model.width != 64:
+            raise SystemExit("torchvision's ResNet starts with 64 channels; and here it is cut after three blocks")
+        resnet = ResNet(Bottleneck, [*model.units, 1], num_classes=CLASSES, norm_layer=lambda size: nn.GroupNorm(32, size))
+        resnet.conv1 = nn.Conv2d(3, model.width, kernel_size=3, padding=1, bias=False)
+        resnet.fc = nn.Linear(16 * model.width, CLASSES)
+        resnet.maxpool = resnet.layer4 = nn.Identity()
+        return resnet
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(
@@ -294,6 +339,32 @@ def torchvision_model(model: Model) -> nn.Module:
         hidden_dim=model.width,
         mlp_dim=4 * model.width,
         num_classes=CLASSES,
+    )
+
+
+def transformers_model(model: Model) -> nn.Module:
+    from transformers import BitConfig, BitForImageClassification, ViTConfig, ViTForImageClassification
+
+    if model.units:
+        sizes = [4 * model.width * 2**block for block in range(len(model.units))]
+        net = BitForImageClassification(
+            BitConfig(embedding_size=model.width, hidden_sizes=sizes, depths=list(model.units), num_labels=CLASSES)
+        )
+        embedder: Any = net.bit.embedder
+        embedder.convolution = type(embedder.convolution)(3, model.width, kernel_size=3, padding=1, eps=1e-8)
+        embedder.pad = embedder.pooler = nn.Identity()
+        return net
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=model.width,
+            num_hidden_layers=model.depth,
+            num_attention_heads=model.heads,
+            intermediate_size=4 * model.width,
+            hidden_act="gelu_pytorch_tanh",
+            image_size=model.side,
+            patch_size=model.patch,
+            num_labels=CLASSES,
+        )
     )
 
 
@@ -451,21 +522,9 @@ def vit_pytorch(job: Job, meter: Meter) -> None:
 
 def transformers(job: Job, meter: Meter) -> None:
     from torchvision.datasets import ImageFolder
-    from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+    from transformers import Trainer, TrainingArguments
 
-    model = job.model
-    net = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=model.width,
-            num_hidden_layers=model.depth,
-            num_attention_heads=model.heads,
-            intermediate_size=4 * model.width,
-            hidden_act="gelu_pytorch_tanh",
-            image_size=model.side,
-            patch_size=model.patch,
-            num_labels=CLASSES,
-        )
-    )
+    net = transformers_model(job.model)
     net.forward = meter.timed("forward", net.forward)
 
     class Counted(Trainer):
@@ -501,7 +560,7 @@ def transformers(job: Job, meter: Meter) -> None:
         disable_tqdm=True,
         logging_steps=500,
     )
-    folders = {split: ImageFolder(f"{job.data}/{split}", reference_transform(model.side, train=split == "train"))
+    folders = {split: ImageFolder(f"{job.data}/{split}", reference_transform(job.model.side, train=split == "train"))
                for split in ("train", "test")}  # fmt: skip
     trainer = Counted(net, arguments, train_dataset=folders["train"], eval_dataset=folders["test"], data_collator=collate)
     while job.evaluate:
@@ -535,9 +594,10 @@ def limit(job: Job) -> float:
 
     A training step needs x W, then dy W^T and x^T dy; an evaluation the first alone.
     """
-    width, rows = job.model.width, job.batch * job.model.tokens
     total_flops = total_seconds = 0.0
-    for inner, outer in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
+    shapes = job.model.products()
+    for rows_each, inner, outer in shapes:
+        rows = job.batch * rows_each
         x, dy = (torch.randn(rows, size, dtype=job.dtype, device=job.device) for size in (inner, outer))
         weight = torch.randn(outer, inner, dtype=job.dtype, device=job.device)
         products: list[tuple[Tensor, Tensor]] = [(x, weight.T)]
@@ -546,7 +606,7 @@ def limit(job: Job) -> float:
         for a, b in products:
             out = torch.empty(a.shape[0], b.shape[1], dtype=job.dtype, device=job.device)
             times: list[float] = []
-            until = time.perf_counter() + job.seconds / 12
+            until = time.perf_counter() + job.seconds / (3 * len(shapes))
             while len(times) < 4 or time.perf_counter() < until:
                 before = time.perf_counter()
                 torch.mm(a, b, out=out)
@@ -612,15 +672,18 @@ def compare(
     print(f"\n{title}", flush=True)
     record |= {"task": title, "model": asdict(model), "flops_per_image": model.flops * (1 if evaluate else 3)}
     chosen, tried, found = (record.setdefault(key, {}) for key in ("settings", "tried", "measurements"))
-    for contender in (who for who in args.contenders if who not in chosen):
+    contenders = [who for who in args.contenders if not (model.units and who == "vit-pytorch")]
+    for contender in (who for who in contenders if who not in chosen):
         settings = settings_of(contender, cores, compiled=contender in args.compile, evaluate=evaluate)
+        if args.settings and contender != "vit":
+            settings = [Setting(**{"threads": cores, "fused": not evaluate, **args.settings})]
         if len(settings) > 1:
             rates = [measure(job(contender, setting, args.search_seconds), args)["images_per_second"] for setting in settings]
             tried[contender] = [{**asdict(setting), "images_per_second": rate} for setting, rate in zip(settings, rates)]
             settings = [settings[rates.index(max(rates))]]
         chosen[contender] = asdict(settings[0])
         keep()
-    for _, contender in itertools.product(range(args.rounds), [*args.contenders, "limit"]):
+    for _, contender in itertools.product(range(args.rounds), [*contenders, "limit"]):
         setting = Setting(**chosen.get(contender, {"threads": cores}))
         found.setdefault(contender, []).append(measure(job(contender, setting, args.seconds), args))
         keep()
@@ -670,6 +733,7 @@ def main() -> None:
     cli.add_argument("--batch-size", type=int, default=128)
     cli.add_argument("--seconds", type=float, default=8.0, help="for each measurement")
     cli.add_argument("--search-seconds", type=float, default=4.0, help="for each setting tried")
+    cli.add_argument("--settings", type=json.loads, metavar="JSON", help="take these for all others instead of a search")
     cli.add_argument("--rounds", type=int, default=3)
     cli.add_argument("--launcher", default="", help="command put before each measurement's, say 'taskset -c 0,1'")
     cli.add_argument(
@@ -678,7 +742,8 @@ def main() -> None:
     args = cli.parse_args()
     if args.child:
         fields = json.loads(args.child)
-        made = {**fields, "model": Model(**fields["model"]), "setting": Setting(**fields["setting"])}
+        model = Model(**{**fields["model"], "units": tuple(fields["model"]["units"])})
+        made = {**fields, "model": model, "setting": Setting(**fields["setting"])}
         print("\n" + json.dumps(child(Job(**made))), flush=True)
         os._exit(0)  # loaders of the others may take long to end
     if args.data is None:
@@ -705,7 +770,7 @@ def main() -> None:
 
     for name, what in itertools.product(args.models, args.what):
         model = MODELS[name]
-        title = f"{what}: {name}, width {model.width}, depth {model.depth}, patch {model.patch} at {model.side} px"
+        title = f"{what}: {name}, {model}"
         compare(title, name, args, evaluate=what == "eval", record=tasks.setdefault(title, {}), keep=keep)
 
 

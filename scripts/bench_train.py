@@ -261,11 +261,12 @@ def ours(job: Job, meter: Meter) -> None:
 
 
 def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
-    from vitcli import fit
+    from vitcli import forward
     from vitcli.config_file import read_config
     from vitcli.data.loader import choose_workers
     from vitcli.data.sources import open_source
     from vitcli.device import keep_freed_memory
+    from vitcli.evaluate import evaluate_source
     from vitcli.models import build_model
     from vitcli.plan import resolve
 
@@ -277,11 +278,11 @@ def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
     net = build_model(config.model, image_size=config.data.image_size, num_classes=CLASSES).to(job.device)
     type(net).forward = meter.timed("forward", type(net).forward)  # type: ignore[method-assign]
-    room: Any = fit  # whose names are replaced
+    room: Any = forward  # whose names are replaced
     real = room.eval_batches
     room.eval_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
     while True:
-        fit.evaluate_source(
+        evaluate_source(
             net,
             source,
             config,

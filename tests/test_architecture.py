@@ -19,11 +19,12 @@ LAYERS = (
     {"config_file", "pretrained"},
     {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"}
     | {"pretrained"},
-    {"weights", "checkpoint", "evaluate", "rundir", "recipes", "plan", "tuning", "recovery", "retention", "saving"},
+    {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "plan", "tuning", "recovery", "retention"}
+    | {"saving"},
     {"step", "watch"},
     {"fit"},
-    {"train", "data_commands"},
-    {"cli", "cli_data", "cli_models", "cli_options"},
+    {"train", "assess", "data_commands"},
+    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options"},
     {"__main__"},
 )
 LEAVES = LAYERS[4]

@@ -32,6 +32,7 @@ from vitcli.data.transforms import EvalTransform
 from vitcli.distributed import SOLO, Engine, Parallel, Ranks, States, choose_parallel, is_agreed, lost, process_group
 from vitcli.errors import CheckpointError, DataError, Interrupted, UserError
 from vitcli.evaluate import EvalResult, evaluate
+from vitcli.forward import answers
 from vitcli.models.vit import VisionTransformer
 from vitcli.optim import build_optimizer, clip_gradients, ema_start, ema_update, weight_norm
 from vitcli.train import pretrain
@@ -298,7 +299,8 @@ def check_evaluation(ranks: Ranks) -> None:
     def judge(by: Ranks, judged: torch.nn.Module, batch_size: int) -> EvalResult:
         batches = eval_batches(source, EvalTransform(image_size=SIZE), batch_size=batch_size, rank=by.rank, ranks=by.ranks)
         scaled = lambda images: images.float() / 128 - 1  # noqa: E731
-        return replace(evaluate(judged, batches, preprocess=scaled, num_classes=10, device=CPU, ranks=by), seconds=0.0)
+        answered = answers(judged, batches, preprocess=scaled, device=CPU, ranks=by)
+        return replace(evaluate(answered, num_classes=10, device=CPU, ranks=by), seconds=0.0)
 
     sharded = build(classes=10)
     Engine(sharded, blocks=list(sharded.blocks), input_shape=(3, *SIZE), parallel="fsdp", ranks=ranks, device=CPU)
@@ -315,7 +317,7 @@ def check_evaluation(ranks: Ranks) -> None:
         yield batch
 
     with pytest.raises(DataError, match="rank 1 of 2: photos/7.png: damaged"):
-        evaluate(model, broken(), preprocess=Tensor.float, num_classes=10, device=CPU, ranks=ranks)
+        list(answers(model, broken(), preprocess=Tensor.float, device=CPU, ranks=ranks))
 
 
 CHECKS: dict[str, Callable[[Ranks], None]] = {

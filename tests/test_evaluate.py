@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from vitcli.errors import DataError, Interrupted
 from vitcli.evaluate import EvalResult, evaluate, map_classes
+from vitcli.forward import answers
 
 CPU = torch.device("cpu")
 
@@ -48,9 +51,21 @@ def problem(examples: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]
     return table, labels
 
 
-def run(table: Tensor, labels: Tensor, *, batch_size: int = 64, **options: object) -> EvalResult:
-    arguments = {"num_classes": table.shape[1], "preprocess": Tensor.float, "device": CPU, **options}
-    return evaluate(Lookup(table), batches_of(labels, batch_size), **arguments)  # type: ignore[arg-type]
+def judge(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    num_classes: int,
+    class_map: Tensor | None = None,
+    loss: Literal["softmax", "sigmoid"] = "softmax",
+    **how: Any,
+) -> EvalResult:
+    with closing(answers(model, batches, **{"preprocess": Tensor.float, "device": CPU, **how})) as answered:
+        return evaluate(answered, num_classes=num_classes, device=CPU, loss=loss, class_map=class_map)
+
+
+def run(table: Tensor, labels: Tensor, *, batch_size: int = 64, **options: Any) -> EvalResult:
+    return judge(Lookup(table), batches_of(labels, batch_size), **{"num_classes": table.shape[1], **options})
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 7, 40])
@@ -93,7 +108,7 @@ def test_batch_size_does_not_matter() -> None:
 def test_a_lost_example_would_show() -> None:
     table, labels = problem(65, 9)
     whole = run(table, labels)
-    short = evaluate(Lookup(table), list(batches_of(labels, 64))[:1], num_classes=9, preprocess=Tensor.float, device=CPU)
+    short = judge(Lookup(table), list(batches_of(labels, 64))[:1], num_classes=9)
     assert (whole.examples, short.examples) == (65, 64)
     assert short.loss != whole.loss
 
@@ -130,7 +145,7 @@ def test_modes_are_as_before() -> None:
     model = nn.Sequential(lookup, frozen)
     model.train()
     frozen.eval()
-    evaluate(model, batches_of(labels, 4), num_classes=3, preprocess=Tensor.float, device=CPU)
+    judge(model, batches_of(labels, 4), num_classes=3)
     assert [model.training, lookup.training, lookup.dropout.training, frozen.training] == [True, True, True, False]
 
 
@@ -145,7 +160,7 @@ def test_interruption_reaches_the_caller() -> None:
             raise Interrupted(2)
 
     with pytest.raises(Interrupted):
-        evaluate(model, batches_of(labels, 10), num_classes=3, preprocess=Tensor.float, device=CPU, should_stop=should_stop)
+        judge(model, batches_of(labels, 10), num_classes=3, should_stop=should_stop)
     assert len(seen) == 3
     assert model.training
 
@@ -168,14 +183,7 @@ def test_preprocess_sees_uint8_and_bf16_runs_under_autocast() -> None:
     seen: list[torch.dtype] = []
     _, labels = problem(20, 3)
     for dtype in (torch.float32, torch.bfloat16):
-        evaluate(
-            Linear(),
-            batches_of(labels, 20),
-            num_classes=3,
-            preprocess=partial(normalise, mean=0.5, std=0.5),
-            device=CPU,
-            dtype=dtype,
-        )
+        judge(Linear(), batches_of(labels, 20), num_classes=3, preprocess=partial(normalise, mean=0.5, std=0.5), dtype=dtype)
     assert seen == [torch.float32, torch.bfloat16]
 
 
@@ -240,9 +248,7 @@ def test_parts_side_by_side_give_the_same_numbers(size: int) -> None:
     batches = [{"images": x, "labels": torch.arange(len(x)) % 7} for x in images.split(size)]
 
     def run(lanes: int) -> EvalResult:
-        return evaluate(
-            model, batches, num_classes=7, preprocess=lambda x: x / 255.0, device=torch.device("cpu"), lanes=lanes
-        )  # fmt: skip
+        return judge(model, batches, num_classes=7, preprocess=lambda x: x / 255.0, lanes=lanes)
 
     alone, together = run(1), run(3)
     assert together.per_class_correct == alone.per_class_correct

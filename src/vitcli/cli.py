@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from vitcli.cli_data import data_app
+from vitcli.cli_eval import evaluate
 from vitcli.cli_models import models
-from vitcli.cli_options import DataRoot, Debug, Overrides, as_overrides, say, warn
+from vitcli.cli_options import Ckpt, DataRoot, Debug, Overrides, as_overrides, say
 from vitcli.errors import Interrupted, UserError
 from vitcli.interrupts import StopSignals
 
@@ -27,7 +28,6 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
-Ckpt = Annotated[Path, typer.Option("--ckpt", help="run directory, checkpoint directory or weights file", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="run directory; default runs/ and a name made of the inputs", show_default=False)
 ]
@@ -97,36 +97,6 @@ def finetune(
     run(ckpt, dataset, config, words, from_scratch=from_scratch, dry_run=dry_run, say=say)
 
 
-@app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")
-def evaluate(
-    ckpt: Ckpt,
-    dataset: Annotated[
-        str | None, typer.Option("--dataset", help="default: the data set it was trained on", show_default=False)
-    ] = None,
-    data_root: DataRoot = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="images at a time; changes no result")] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
-    debug: Debug = False,
-) -> None:
-    """Evaluate a checkpoint: top-1, top-5, loss and per-class accuracy, every image counted exactly once."""
-    from vitcli.train import evaluate_checkpoint
-
-    result = evaluate_checkpoint(ckpt, dataset=dataset, data_root=data_root, batch_size=batch_size, say=warn)
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    typer.echo(f"{result['checkpoint']} on {result['dataset']}: {result['examples']:,} images")
-    loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
-    typer.echo(f"top-1  {percent(result['top1'])}\ntop-5  {percent(result['top5'])}\nloss   {loss}")
-    width = max(len(row["class"]) for row in result["per_class"])
-    for row in result["per_class"]:
-        typer.echo(f"  {row['class']:<{width}}  {percent(row['accuracy'])}  of {row['examples']:,}")
-
-
-def percent(share: float | None) -> str:
-    return "      -" if share is None else f"{100 * share:6.2f} %"
-
-
 class WhichLayout(StrEnum):
     """The words for --to."""
 
@@ -167,6 +137,9 @@ def convert(
 
     size = None if image_size is None else parse_size(image_size)
     run(path_in, path_out, to=None if to is None else to.value, image_size=size, tolerance=tolerance, say=say)
+
+
+app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")(evaluate)
 
 
 app.command(epilog="Example: vit models B/16 R50+B/16 R50x1 --image-size 384")(models)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DataRoot", "Debug", "Overrides", "as_overrides", "say", "warn"]
+__all__ = ["Ckpt", "DataRoot", "Debug", "Overrides", "as_overrides", "say", "warn"]
 
+Ckpt = Annotated[Path, typer.Option("--ckpt", help="run directory, checkpoint directory or weights file", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]", help="settings on top of the file, such as optim.lr=3e-4", show_default=False),

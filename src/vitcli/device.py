@@ -12,7 +12,9 @@ import torch
 
 from vitcli.errors import ConfigError
 
-__all__ = ["choose_device", "choose_precision", "flops_per_second", "hardware", "keep_freed_memory", "memory_bytes"]
+__all__ = ["AUTOCAST", "choose_device", "choose_precision", "flops_per_second", "hardware", "keep_freed_memory", "memory_bytes"]
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what a forward pass computes in, by train.precision
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 

@@ -7,7 +7,8 @@ Sigmoid loss as big_vision's `sigmoid_xent`: sum over classes, mean over images.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -16,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitcli.config import Config
+from vitcli.data.protocol import Source
 from vitcli.distributed import SOLO, Ranks
-from vitcli.errors import DataError, Interrupted, UserError
-from vitcli.lanes import Lanes
+from vitcli.errors import DataError
+from vitcli.forward import source_answers
 
-__all__ = ["EvalResult", "evaluate", "map_classes"]
+__all__ = ["EvalResult", "evaluate", "evaluate_source", "map_classes"]
 
 
 @dataclass(frozen=True)
@@ -70,35 +73,26 @@ class EvalResult:
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[tuple[Mapping[str, Tensor], Tensor]],
     *,
     num_classes: int,
-    preprocess: Callable[[Tensor], Tensor],
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
     loss: Literal["softmax", "sigmoid"] = "softmax",
     class_map: Tensor | None = None,
-    should_stop: Callable[[], object] | None = None,
     ranks: Ranks = SOLO,
-    lanes: int = 1,
 ) -> EvalResult:
-    """Run `model` over `batches` and count; the model's training modes are as before afterwards.
+    """Count what a model got right.
 
     Args:
-        model: images (b, 3, H, W) to logits (b, K); on `device`.
-        batches: of `images` uint8 (b, 3, H, W) and `labels` int64 (b,), every example exactly once; this rank's share of them.
+        batches: of `labels` int64 (b,) and the model's logits (b, K) on `device`, every example exactly once; this rank's share
+            of them, as `answers` yields it.
         num_classes: K, the model's outputs.
-        preprocess: uint8 images on `device` to what the model takes.
-        dtype: of the forward pass; bfloat16 runs under autocast.
         class_map: (data set's classes,) to the model's, from `map_classes`.
-        should_stop: called before each batch; raises to end the evaluation (`Interrupted`).
         ranks: those who share the evaluation; each returns the result of all.
-        lanes: parts of a batch that go through the model side by side, a thread each (CPU).
 
     Raises:
         DataError: there are no examples, or a label is not one of the model's classes.
-        UserError, Interrupted: what reading a batch or `should_stop` raised, on every rank whoever met it.
+        UserError, Interrupted: what making a batch raised.
     """
     top = min(5, num_classes)
     numbers = torch.arange(num_classes, device=device)
@@ -106,44 +100,23 @@ def evaluate(
     hits_top5 = torch.zeros((), dtype=torch.int64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,)
     losses: list[Tensor] = []  # 0-d float64, one per batch
-    modes = [(module, module.training) for module in model.modules()]
-
-    side_by_side = Lanes(model, count=lanes)
-
-    def answer(net: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits: Tensor = net(images)
-        return logits
-
     started = time.perf_counter()
-    model.eval()
-    try:
-        # not inference_mode: a tensor the model caches there could not take part in training later
-        with torch.no_grad():
-            for batch in in_step(batches, ranks=ranks, should_stop=should_stop):
-                labels = target_labels(batch["labels"], num_classes=num_classes, class_map=class_map).to(device)  # (b,)
-                images = preprocess(batch["images"].to(device, non_blocking=True))
-                logits = torch.cat(side_by_side.run(answer, images.tensor_split(lanes) if len(images) >= lanes else [images]))
-                if len(labels) == 0:
-                    continue
-                logits = logits.double()  # (b, K)
-                own = logits.gather(1, labels[:, None])  # (b, 1)
-                # The rank of the label among all classes; a tie goes to the lower class number, as argmax does, so a head
-                # of zeros scores what chance scores. Logits that are not numbers are never right.
-                ahead = (logits > own) | ((logits == own) & (numbers < labels[:, None]))
-                rank = ahead.sum(1) + num_classes * logits.isnan().any(1)  # (b,)
-                hits.index_add_(0, labels, (rank == 0).long())
-                hits_top5 += (rank < top).sum()
-                counts.index_add_(0, labels, torch.ones_like(labels))
-                if loss == "softmax":
-                    losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-                else:
-                    targets = F.one_hot(labels, num_classes).double()
-                    losses.append(F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"))
-    finally:
-        side_by_side.close()
-        for module, training in modes:
-            module.training = training
+    for batch, answered in batches:
+        labels = target_labels(batch["labels"], num_classes=num_classes, class_map=class_map).to(device)  # (b,)
+        logits = answered.double()  # (b, K)
+        own = logits.gather(1, labels[:, None])  # (b, 1)
+        # The rank of the label among all classes; a tie goes to the lower class number, as argmax does, so a head
+        # of zeros scores what chance scores. Logits that are not numbers are never right.
+        ahead = (logits > own) | ((logits == own) & (numbers < labels[:, None]))
+        rank = ahead.sum(1) + num_classes * logits.isnan().any(1)  # (b,)
+        hits.index_add_(0, labels, (rank == 0).long())
+        hits_top5 += (rank < top).sum()
+        counts.index_add_(0, labels, torch.ones_like(labels))
+        if loss == "softmax":
+            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        else:
+            targets = F.one_hot(labels, num_classes).double()
+            losses.append(F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"))
     for counted in (hits, hits_top5, counts):
         ranks.sum_(counted)
     per_rank = ranks.gather(torch.stack(losses).tolist() if losses else [])
@@ -165,32 +138,42 @@ def evaluate(
     )
 
 
-def in_step(
-    batches: Iterable[Mapping[str, Tensor]], *, ranks: Ranks, should_stop: Callable[[], object] | None
-) -> Iterator[Mapping[str, Tensor]]:
-    """Yield this rank's batches while any rank has one; whoever has none left gets one image without a label.
-
-    So every rank runs the model equally often, which one that is held in parts needs, and an end comes to all at once.
-    """
-    remaining = iter(batches)
-    while True:
-        batch, problem = None, None
-        try:
-            if should_stop is not None:
-                should_stop()
-            batch = next(remaining, None)
-        except (UserError, Interrupted) as error:
-            problem = error
-        ranks.agree(problem)
-        if ranks.any(batch is None):
-            shapes = [shape for shape in ranks.gather(None if batch is None else tuple(batch["images"].shape)) if shape]
-            if not shapes:
-                return
-            if batch is None:
-                images = torch.zeros(1, *shapes[0][1:], dtype=torch.uint8)
-                batch = {"images": images, "labels": torch.zeros(0, dtype=torch.int64)}
-        assert batch is not None
-        yield batch
+def evaluate_source(
+    model: nn.Module,
+    source: Source,
+    config: Config,
+    *,
+    device: torch.device,
+    batch_size: int,
+    num_classes: int,
+    warn: Callable[[str], object],
+    check: Callable[[], None] | None = None,
+    flops_per_image: int,
+    class_map: Tensor | None = None,
+    ranks: Ranks = SOLO,
+) -> EvalResult:
+    """Evaluate on every image of a source once, with the config's preprocessing, loss and precision."""
+    with closing(
+        source_answers(
+            model,
+            source,
+            config,
+            device=device,
+            batch_size=batch_size,
+            warn=warn,
+            check=check,
+            flops_per_image=flops_per_image,
+            ranks=ranks,
+        )
+    ) as answered:
+        return evaluate(
+            answered,
+            num_classes=num_classes,
+            device=device,
+            loss=config.train.loss,
+            class_map=class_map,
+            ranks=ranks,
+        )
 
 
 def target_labels(labels: Tensor, *, num_classes: int, class_map: Tensor | None) -> Tensor:

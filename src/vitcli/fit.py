@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitcli.checkpoint import latest_checkpoint, load_checkpoint, step_of
 from vitcli.config import Config
 from vitcli.config_file import flatten
-from vitcli.data.loader import Batch, eval_batches, train_batches
+from vitcli.data.loader import Batch, train_batches
 from vitcli.data.protocol import Source
 from vitcli.data.sampler import build_order
-from vitcli.data.transforms import EvalTransform, TrainTransform, normalise
+from vitcli.data.transforms import TrainTransform
+from vitcli.device import AUTOCAST
 from vitcli.distributed import SOLO, Engine, Ranks, States, is_agreed
 from vitcli.errors import DataError, Interrupted, UserError
-from vitcli.evaluate import EvalResult, evaluate
+from vitcli.evaluate import EvalResult, evaluate_source
 from vitcli.interrupts import StopSignals
-from vitcli.lanes import Lanes, choose_lanes
+from vitcli.lanes import Lanes
 from vitcli.logs import RunLog
 from vitcli.models import build_model
 from vitcli.optim import build_optimizer, ema_start, weight_norm
@@ -38,12 +39,12 @@ from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Streak, add_rollback, data_step, read_rollbacks
 from vitcli.retention import Keep, discard_after
 from vitcli.saving import AsyncSaver
-from vitcli.step import AUTOCAST, State, is_out_of_memory, train_step
+from vitcli.step import State, is_out_of_memory, train_step
 from vitcli.tuning import Choice
 from vitcli.watch import NotFinite, Watch
 from vitcli.weights import load_start
 
-__all__ = ["Job", "class_weights_of", "evaluate_source", "fit"]
+__all__ = ["Job", "class_weights_of", "fit", "preprocessing_of"]
 
 
 # what, beside the source's name, says which images an evaluation of this run is about
@@ -360,54 +361,6 @@ def class_weights_of(counts: NDArray[np.int64], *, kind: str) -> Tensor:
     return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
 
 
-# ---------------------------------------------------------------- evaluation
-
-
 def preprocessing_of(config: Config) -> dict[str, Any]:
     """Return what turns a picture into this model's input; it travels with the weights."""
     return {key: config.data.model_dump(mode="json")[key] for key in ("image_size", "mean", "std", "eval_crop_fraction")}
-
-
-def evaluate_source(
-    model: nn.Module,
-    source: Source,
-    config: Config,
-    *,
-    device: torch.device,
-    batch_size: int,
-    num_classes: int,
-    warn: Callable[[str], object],
-    check: Callable[[], None] | None = None,
-    flops_per_image: int,
-    class_map: Tensor | None = None,
-    ranks: Ranks = SOLO,
-) -> EvalResult:
-    """Evaluate on every image of a source once, with the config's preprocessing, loss and precision."""
-    alone = device.type == "cpu" and ranks.ranks == 1 and not config.train.compile
-    data = config.data
-    transform = EvalTransform(image_size=data.image_size, crop_fraction=data.eval_crop_fraction)
-    batches = eval_batches(
-        source,
-        transform,
-        batch_size=batch_size,
-        workers=data.workers or 0,
-        pin_memory=device.type == "cuda",
-        on_error=data.on_error,
-        skip_limit=data.skip_limit,
-        warn=warn,
-        rank=ranks.rank,
-        ranks=ranks.ranks,
-    )
-    return evaluate(
-        model,
-        batches,
-        preprocess=lambda images: normalise(images, mean=data.mean, std=data.std),
-        num_classes=num_classes,
-        device=device,
-        dtype=AUTOCAST.get(config.train.precision, torch.float32),
-        loss=config.train.loss,
-        should_stop=check,
-        class_map=class_map,
-        ranks=ranks,
-        lanes=choose_lanes(flops=flops_per_image * batch_size, images=batch_size) if alone else 1,
-    )

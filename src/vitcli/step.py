@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitcli.config import Config
 from vitcli.data.loader import Batch
 from vitcli.data.transforms import mix_batch, normalise
+from vitcli.device import AUTOCAST
 from vitcli.distributed import Engine, Ranks
 from vitcli.lanes import Lanes
 from vitcli.optim import SGD, Adam, AdamW, clip_gradients, ema_update
@@ -25,7 +26,6 @@ from vitcli.recovery import LossScale, Verdict, judge
 
 __all__ = ["Outcome", "State", "classification_loss", "is_out_of_memory", "soft_targets", "train_step"]
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SKIPPING = (AdamW, Adam, SGD)  # where fused, on a GPU
 
 

@@ -1,4 +1,4 @@
-"""`pretrain`, `finetune` and `eval`: from files and words to a resolved config, sources and starting weights, for one `fit`."""
+"""`pretrain` and `finetune`: from files and words to a resolved config, sources and starting weights, for one `fit`."""
 
 import json
 import os
@@ -18,24 +18,24 @@ from vitcli.data.loader import choose_workers
 from vitcli.data.sources import open_source
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
 from vitcli.distributed import Ranks, process_group
-from vitcli.errors import CheckpointError, ConfigError, DataError, RunExistsError, UserError
+from vitcli.errors import ConfigError, DataError, RunExistsError, UserError
 from vitcli.evaluate import map_classes
-from vitcli.fit import Job, evaluate_source, fit
+from vitcli.fit import Job, fit
 from vitcli.interrupts import StopSignals
 from vitcli.model_config import resolve_model
 from vitcli.models import build_model
-from vitcli.models.flops import forward_flops
+from vitcli.opened import flops_of
 from vitcli.plan import build_plan, describe, resolve, tune
 from vitcli.pretrained import Pretrained
 from vitcli.recipes import finetune_recipe
 from vitcli.recovery import ROLLBACKS
 from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
-from vitcli.weights import LoadReport, check_architecture, load_start, load_weights
+from vitcli.weights import LoadReport, check_architecture, load_start
 from vitcli.weights.files import FOLDER_NAMES
 from vitcli.weights.load import differing_settings, section_of
 from vitcli.weights.open import open_weights
 
-__all__ = ["evaluate_checkpoint", "finetune", "pretrain"]
+__all__ = ["finetune", "pretrain"]
 
 Say = Callable[[str], None]
 Value = TypeVar("Value")
@@ -114,12 +114,6 @@ def checkpoint_facts(pretrained: Pretrained, dataset: str) -> dict[str, Any]:
     """Return what a checkpoint says about a run that starts from it: architecture without the head, and preprocessing."""
     model = {**pretrained.model, "variant": None, "representation_size": None, "head_bias": 0.0}
     return {"model": model, "data": {"source": dataset, **pretrained.preprocessing}}
-
-
-def flops_of(pretrained: Pretrained, *, image_size: tuple[int, int]) -> int:
-    """Return the operations of a forward pass of the checkpoint's model on one image, without a hidden layer at the end."""
-    section = section_of(pretrained).model_copy(update={"representation_size": None})
-    return forward_flops(section, image_size=image_size, num_classes=len(pretrained.classes))
 
 
 def short_name(dataset: str) -> str:
@@ -350,63 +344,3 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
         ranks=ranks,
     )
     return Job(config, plan, train_source, val_source, start, val_classes, ranks, tuning)
-
-
-# ---------------------------------------------------------------- without training
-
-
-def evaluate_checkpoint(
-    ckpt: Path, *, dataset: str | None, data_root: Path | None, batch_size: int, say: Say
-) -> dict[str, Any]:
-    """Evaluate a run, checkpoint or weights file on a data set's evaluation split; return plain numbers.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-        DataError: the data set is missing, or has classes the checkpoint does not know.
-    """
-    keep_freed_memory()
-    pretrained = open_weights(ckpt, say=say)
-    if not pretrained.classes:
-        raise CheckpointError(f"{ckpt}: these weights have no classifier to evaluate; fine-tune them first (vit finetune)")
-    if dataset is None and pretrained.manifest["source"] is None:
-        raise DataError(f"{ckpt}: the file does not say which data its classes are of; give the data set with --dataset")
-    overrides = [] if data_root is None else [f"data.root={json.dumps(str(data_root), ensure_ascii=False)}"]
-    data_settings = {
-        **pretrained.manifest.get("data", {}),
-        **pretrained.preprocessing,
-        "source": dataset or str(pretrained.manifest["source"]),
-    }
-    if dataset is not None:
-        data_settings |= {"val_source": None} | ({} if dataset == "mix" else {"mix": None})
-    base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest.get("train", {})}}
-    config, _ = read_config(None, overrides, base=base, base_name=str(ckpt))
-    device = choose_device("auto")
-    source = open_source(config.data.val_source or config.data.source, split="val", data=config.data)
-    classes = pretrained.classes
-    if not pretrained.named:
-        classes = list(source.classes)
-        if len(classes) != len(pretrained.classes):
-            raise DataError(
-                f"{config.data.source} for {ckpt}: the file has {len(pretrained.classes):,} classes and does not name them; "
-                f"this data set has {len(classes):,}: evaluate on the data it was trained on, or fine-tune it on this first"
-            )
-        say(f"{ckpt}: the file does not name its {len(classes):,} classes; taken as {config.data.source}'s, in its order")
-    class_map = map_classes(classes, source.classes, f"{config.data.source} for {ckpt}")
-    num_classes = len(classes)
-    model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)
-    load_weights(model, pretrained.state, reset_head=False)
-    workers = config.data.workers if config.data.workers is not None else choose_workers(source, device.type)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
-    result = evaluate_source(
-        model.to(device),
-        source,
-        config,
-        device=device,
-        batch_size=batch_size,
-        num_classes=num_classes,
-        warn=say,
-        class_map=class_map,
-        flops_per_image=flops_of(pretrained, image_size=config.data.image_size),
-    )
-    head = {"checkpoint": str(pretrained.source_path), "step": pretrained.step, "dataset": config.data.source}
-    return {**head, **result.as_dict(classes)}

@@ -9,5 +9,5 @@ for start in jft-like tiny-imagenet; do
     vit eval --ckpt "$out/$start" --dataset cifar10 --data-root "$data" --fewshot 5,10 --linear --knn 20 --json >"$out/probes-$start.json"
 done
 vit sweep --ckpt "$out/jft-like" --ckpt "$out/tiny-imagenet" --from-scratch --dataset cifar10 --data-root "$data" \
-    --lrs 0.003,0.01,0.03,0.1 --trial-steps 100 --seeds 3 --jobs 2 --out "$out/sweep" \
-    train.steps=400 train.batch_size=128 log.eval_every_steps=100
+    --lrs 0.003,0.01,0.03,0.1 --trial-steps 75 --seeds 3 --jobs 2 --out "$out/sweep" \
+    train.steps=300 train.batch_size=128 log.eval_every_steps=150

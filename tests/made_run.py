@@ -26,11 +26,15 @@ def make_run(
     classes: Sequence[str] | None = None,
     finished: bool = True,
     predictions: bool = True,
+    rows: bool = True,
     train: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a run whose model is right in about `accuracy` of the images, by chance; the same seed makes the same mistakes."""
+    """Write a run whose model is right in about `accuracy` of the images, by chance; the same seed makes the same mistakes.
+
+    Without `rows` nothing was logged, so there are no curves to draw, which takes a while.
+    """
     config = Config.model_validate(
         {
             "out": str(path),
@@ -62,8 +66,8 @@ def make_run(
         save_predictions(path / VAL_PREDICTIONS, found, about=about)
     correct = int(found.correct.sum())
     numbers = {"loss": float(found.losses.mean()), "top1": correct / len(found), "top5": float((found.ranks < 5).mean())}
-    rows: list[dict[str, Any]] = []
-    for step in range(10, STEPS + 1 if finished else STEPS // 2, 10):
+    logged: list[dict[str, Any]] = []
+    for step in range(10, STEPS + 1 if finished else STEPS // 2, 10) if rows else ():
         common = {
             "step": step,
             "lr": 1e-3 * (1 - step / STEPS),
@@ -71,9 +75,9 @@ def make_run(
             "seconds": 0.5,
             "images_per_second": 160.0,
         }
-        rows.append({"kind": "train", "loss": 2.0 - step / STEPS, "accuracy": step / STEPS / 2, **common})
-        rows.append({"kind": "eval", **numbers, "top1": numbers["top1"] * step / STEPS, "step": step, "seconds": 0.1})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        logged.append({"kind": "train", "loss": 2.0 - step / STEPS, "accuracy": step / STEPS / 2, **common})
+        logged.append({"kind": "eval", **numbers, "top1": numbers["top1"] * step / STEPS, "step": step, "seconds": 0.1})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
     requested = config.model_dump(mode="json") | {"optim": {**config.optim.model_dump(mode="json"), "warmup_steps": None}}
     manifest = {
         "command": ["vit", "pretrain", "--config", "a file.yaml"],

@@ -9,13 +9,13 @@ import pytest
 from torch import Tensor
 
 from tests.harness import vit
-from vitcli import fit
 from vitcli.checkpoint import load_weights_file
 from vitcli.config import Config
 from vitcli.ending import best_step, evals_since_best, is_stalled, scores_of
 from vitcli.errors import Interrupted
 from vitcli.predictions import load_predictions
 from vitcli.retention import Keep, kept_steps
+from vitcli.step import train_step
 from vitcli.train import pretrain
 
 # ---------------------------------------------------------------- the rule
@@ -137,7 +137,7 @@ def test_the_result_is_what_evaluation_and_later_runs_begin_with(stopped: Path) 
 
 def test_interrupted_anywhere_it_ends_at_the_same_step(stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop_at(at: int) -> Any:
-        original = fit.train_step
+        original = train_step
 
         def step(state: Any, *arguments: Any, **settings: Any) -> Any:
             if state.step == at:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness import vit
-from vitcli import fit
 from vitcli.checkpoint import load_checkpoint, load_weights_file
 from vitcli.config import Config
 from vitcli.config_file import stored_config
 from vitcli.errors import ConfigError, Interrupted
 from vitcli.plan import lr_of_step, resolve
-from vitcli.step import set_modes
+from vitcli.step import set_modes, train_step
 from vitcli.train import finetune
 
 PRETRAIN = """
@@ -97,7 +99,7 @@ def test_interrupted_in_either_part_it_ends_with_the_same_bits(
 ) -> None:
     words = ["train.head_first_steps=6", *(["train.ema_decay=0.9"] if ema else [])]
     whole = tune(pretrained, tmp_path / "whole", *words) if ema else head_first
-    original = fit.train_step
+    original = train_step
     for point in points:
 
         def step(state: Any, *arguments: Any, at: int = point, **settings: Any) -> Any:
@@ -161,12 +163,14 @@ def test_patterns_that_make_no_sense(pretrained: Path, tmp_path: Path, words: li
 
 
 def test_what_is_frozen_does_not_drop() -> None:
-    block = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    model = nn.Sequential(block, nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+    dropouts = [nn.Dropout(0.5), nn.Dropout(0.5)]
+    block, other = (nn.Sequential(nn.Linear(2, 2), dropout) for dropout in dropouts)
+    model = nn.Sequential(block, other)
     for parameter in block.parameters():
         parameter.requires_grad = False
     set_modes(model, head_alone=False, some_frozen=True)
-    assert model.training and not block.training and not block[1].training and model[1][1].training
+    assert model.training and other.training and not block.training
+    assert [dropout.training for dropout in dropouts] == [False, True]
     set_modes(model, head_alone=False, some_frozen=False)
     assert all(module.training for module in model.modules())
     set_modes(model, head_alone=True, some_frozen=False)
@@ -198,3 +202,38 @@ def test_null_settings_of_the_length_follow_the_part_with_everything() -> None:
     config = resolve(Config.model_validate(settings), train_examples=1000, val_examples=100, device=torch.device("cpu"))
     assert config.optim.warmup_steps == 40
     assert lr_of_step(config, 240) == config.optim.lr == lr_of_step(config, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_in_parts_as_one_does(pretrained: Path, tmp_path: Path, parallel: str) -> None:
+    words = [
+        *("finetune", "--ckpt", str(pretrained), "--dataset", "digits", *SETTINGS, "log.eval_every_steps=4"),
+        *("train.head_first_steps=6", "train.freeze=patch_embed.*", "optim.layer_decay=0.8", "train.early_stop_evals=9"),
+    ]
+    found = {}
+    for count in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
+        out = tmp_path / f"run-{count}"
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "vitcli", *words, "--out", str(out), f"train.parallel={parallel}"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        steps = [(row["kind"], row["step"]) for row in rows]
+        found[count] = (
+            steps,
+            [row["loss"] for row in rows],
+            json.loads((out / "summary.json").read_text())["step"],
+            load_weights_file(out).state,
+        )
+    assert found[1][0] == found[2][0] and found[1][2] == found[2][2]
+    assert found[1][1] == pytest.approx(found[2][1], abs=1e-4)
+    for name, tensor in found[1][3].items():
+        torch.testing.assert_close(found[2][3][name], tensor, atol=1e-3, rtol=1e-3)
+    before = load_weights_file(pretrained).state["patch_embed.proj.weight"]
+    assert torch.equal(before, found[2][3]["patch_embed.proj.weight"])

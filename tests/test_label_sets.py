@@ -76,7 +76,7 @@ def random_table(images: int, outputs: int, seed: int = 0) -> Tensor:
 
 def wnid_folder(path: Path, chosen: list[int], each: int = 3) -> tuple[str, list[int]]:
     """Write a folder for each of some ILSVRC classes; image i has colour i. Return its name, and each image's class."""
-    labels = []
+    labels: list[int] = []
     for label in chosen:
         for _ in range(each):
             save(path / WNIDS[label] / f"{len(labels)}.png", len(labels))
@@ -88,7 +88,7 @@ def wnid_folder(path: Path, chosen: list[int], each: int = 3) -> tuple[str, list
 def test_of_a_part_of_imagenets_classes_only_their_outputs_count(tmp_path: Path, named: str) -> None:
     part = [int(number) for number in (INFO / "imagenet_a_indices.txt").read_text().split()][::40]
     assert [WNIDS[number] for number in part] == (INFO / "imagenet_a_synsets.txt").read_text().split()[::40]
-    spec, labels = wnid_folder(tmp_path, part)
+    spec, labels = wnid_folder(tmp_path / "set", part)
     table = random_table(len(labels), 1000)
     table[torch.arange(len(labels)), labels] += 1.5
     classes = {"no": None, "wnids": WNIDS, "names": list(imagenet_classes(1000).values())}[named]
@@ -108,7 +108,7 @@ def test_of_a_part_of_imagenets_classes_only_their_outputs_count(tmp_path: Path,
 
 def test_an_imagenet_21k_model_is_asked_about_the_classes_of_a_folder(tmp_path: Path) -> None:
     teddy = WNIDS.index(NOT_IN_21K)
-    spec, labels = wnid_folder(tmp_path, [0, 500, 999, teddy])
+    spec, labels = wnid_folder(tmp_path / "set", [0, 500, 999, teddy])
     order = list(imagenet_classes(21843))
     table = random_table(len(labels), 21843)
     labels = labels[:-3]
@@ -170,12 +170,12 @@ def test_a_run_keeps_to_the_share_that_it_did_not_learn_from(tmp_path: Path) -> 
 
 
 def test_unknown_wnids_are_refused(tmp_path: Path) -> None:
-    save(tmp_path / "val" / "n00000001" / "a.png", 0)
-    save(tmp_path / "val" / WNIDS[0] / "a.png", 0)
+    save(tmp_path / "set" / "val" / "n00000001" / "a.png", 0)
+    save(tmp_path / "set" / "val" / WNIDS[0] / "a.png", 0)
     with pytest.raises(DataError, match="this data set has 2"):
-        judge(opened_model(f"folder:{tmp_path}", random_table(2, 1000)))
+        judge(opened_model(f"folder:{tmp_path / 'set'}", random_table(2, 1000)))
     with pytest.raises(DataError, match="n00000001"):
-        judge(opened_model(f"folder:{tmp_path}", random_table(2, 1000), classes=WNIDS))
+        judge(opened_model(f"folder:{tmp_path / 'set'}", random_table(2, 1000), classes=WNIDS))
 
 
 # ---------------------------------------------------------------- label files
@@ -376,7 +376,7 @@ def test_the_command_evaluates_timms_weights_on_labels_from_a_file(tmp_path: Pat
     ).eval()
     nn.init.normal_(model.head.weight)
     torch.save(model.state_dict(), tmp_path / "timm.pth")
-    labels = []
+    labels: list[list[int]] = []
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"ILSVRC2012_val_{number + 1:08d}.png")

@@ -213,3 +213,12 @@ def test_runs_of_an_older_vit_are_known_by_their_defaults(
     assert vit(*command).returncode == 0
     refused = vit(*command, "optim.layer_decay=0.5")
     assert refused.returncode == 2 and "optim.layer_decay (1.0 there, 0.5 now)" in refused.stderr
+
+
+def test_it_begins_with_anybodys_weights_as_well(photos: Path, pretrained: Path, tmp_path: Path) -> None:
+    assert vit("convert", str(pretrained), str(tmp_path / "tiny_8.npz")).returncode == 0
+    words = ("--dataset", f"folder:{photos}", "--out", str(tmp_path / "run"), "train.steps=3")
+    result = vit("finetune", "--ckpt", str(tmp_path / "tiny_8.npz"), *words)
+    assert result.returncode == 0, result.stderr
+    assert "recipe: for 54 images" in result.stdout
+    assert json.loads(vit("eval", "--ckpt", str(tmp_path / "run"), "--json").stdout)["examples"] == 7

@@ -88,7 +88,7 @@ def test_a_folder_in_order_with_what_cannot_be_read(run: Path, photos: Path) -> 
             assert 1 >= row["top"][0]["probability"] >= row["top"][1]["probability"] > 0
     lines = result.stderr.splitlines()
     assert lines[0].startswith(f"vit: {photos}/broken.jpg: cannot read this image")
-    assert lines[-1] == "vit: 2 of 10 images could not be read"
+    assert lines[-1] == "vit: no prediction for 2 of 10 images"
 
 
 def test_the_answers_are_the_models(opened: OpenedModel, photos: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_hopeless_trial_is_stopped_and_stays_so(tmp_path: Path, monkeypatch: p
         0.001: "stopped", 0.003: "finished", 0.01: "finished", 0.03: "finished",
     }  # fmt: skip
     assert 3 <= states[0.001].step < 10
-    assert "others' median" in "\n".join(result_lines(results([target], {}, early_stop=True)))
+    assert "the others' median was" in "\n".join(result_lines(results([target], {}, early_stop=True)))
     assert run([target], tmp_path) == []
     stand_in(monkeypatch, dict.fromkeys(RATES, 0.5))
     said = run([target], tmp_path, early_stop=False)
@@ -318,6 +318,14 @@ def test_a_best_rate_at_the_edge_is_pointed_out(tmp_path: Path) -> None:
     for trial, top1 in zip(target.trials, (0.1, 0.2, 0.3, 0.4), strict=True):
         finish(trial, top1, 1.0)
     assert any("0.09 may be better" in line for line in result_lines(results([target], {}, early_stop=True)))
+
+
+def test_several_data_sets_have_a_mean(tmp_path: Path) -> None:
+    targets = [make_target(tmp_path, dataset=name, folder=tmp_path / name, lrs=(0.01,), seeds=(0,)) for name in ("a", "b")]
+    finish(targets[0].finals(0.01)[0], 0.5, 1.0)
+    assert not any("average" in line for line in result_lines(results(targets, {}, early_stop=True)))
+    finish(targets[1].finals(0.01)[0], 0.7, 1.0)
+    assert result_lines(results(targets, {}, early_stop=True))[-1] == "tiny: 60.00 % on average of 2 data sets"
 
 
 def test_why_a_process_ended(tmp_path: Path) -> None:

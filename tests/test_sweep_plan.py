@@ -103,15 +103,15 @@ def test_trials_are_runs(checkpoint: Path, tmp_path: Path) -> None:
         done = vit(*trial.words())
         assert done.returncode == 0, done.stderr
         assert outcome(trial, {}).state == "finished"
-    trial, final = target.trials[0].folder, target.finals(0.1)[0].folder
-    judged = json.loads((trial / "summary.json").read_text())
+    first, final = target.trials[0].folder, target.finals(0.1)[0].folder
+    judged = json.loads((first / "summary.json").read_text())
     assert judged["examples"] == 144 and json.loads((final / "summary.json").read_text())["examples"] == 359
-    again = json.loads(vit("eval", "--ckpt", str(trial), "--json").stdout)
+    again = json.loads(vit("eval", "--ckpt", str(first), "--json").stdout)
     assert (again["examples"], again["correct"]) == (144, judged["correct"])
-    assert json.loads(vit("eval", "--ckpt", str(trial), "--dataset", "digits", "--json").stdout)["examples"] == 359
-    settings = [json.loads((run / "manifest.json").read_text())["requested"] for run in (trial, final)]
+    assert json.loads(vit("eval", "--ckpt", str(first), "--dataset", "digits", "--json").stdout)["examples"] == 359
+    settings = [json.loads((run / "manifest.json").read_text())["requested"] for run in (first, final)]
     assert differing_keys(*settings) == ["data.dev_fraction", "log.keep_checkpoints", "out"]
-    assert vit(*target.trials[0].words()).stdout.startswith(f"{trial} is finished")
+    assert vit(*target.trials[0].words()).stdout.startswith(f"{first} is finished")
 
 
 def begin(target: Target) -> None:

@@ -478,7 +478,7 @@ def finished_step(run_dir: Path) -> int | None:
     try:
         plain_size(run_dir / SUMMARY, most=MOST_MANIFEST_BYTES)
         summary = json.loads((run_dir / SUMMARY).read_bytes())
-    except (CheckpointError, OSError, ValueError, RecursionError):  # unfinished, or damaged: the newest is as good a guess as any
+    except (CheckpointError, OSError, ValueError, RecursionError):  # unfinished, or damaged: then the newest
         return None
     step = summary.get("step") if isinstance(summary, dict) else None
     return step if is_count(step) else None

@@ -91,7 +91,7 @@ def predict(
     if out is not None:
         warn(f"{total - failed:,} predictions written to {out}")
     if failed:
-        warn(f"vit: {failed:,} of {total:,} images could not be read")
+        warn(f"vit: no prediction for {failed:,} of {total:,} images")
         raise typer.Exit(1)
 
 

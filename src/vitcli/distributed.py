@@ -122,7 +122,7 @@ class Ranks:
             time.sleep(0.1)
 
     def on_main(self, do: Callable[[], Value]) -> Value:
-        """Return on every rank what `do` returns on the main one, or raise the UserError that it raises, however long it takes."""
+        """Return on every rank what `do` returns on the main one, or raise the UserError it raises, however long that takes."""
         done: list[Value] = []
         problem = problem_of(lambda: done.append(do())) if self.main else None
         self.wait_for_main()

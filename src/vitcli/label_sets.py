@@ -203,7 +203,7 @@ def list_images(path: Path) -> ImageFiles:
     if not path.is_dir():
         raise DataError(f"{path}: there is no such folder; expected a folder of images")
     found: list[tuple[str, int, int]] = []
-    collect(str(path), ".", found)
+    collect(path, ".", found)
     if not found:
         raise DataError(f"{path}: no images in this folder or below it")
     found.sort()

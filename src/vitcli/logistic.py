@@ -86,12 +86,13 @@ def linear_probe(
 
 def choose_l2(features: Tensor, labels: Tensor, dev: Tensor, *, num_classes: int) -> tuple[float, float, Tensor]:
     """Return the L2 that classifies the held-out images `dev`, (N,) bool, best, their accuracy with it, and the weights."""
-    truth = labels[dev].cpu().numpy()
+    fit_features, fit_labels = features[~dev], labels[~dev]
+    dev_features, truth = features[dev], labels[dev].cpu().numpy()
     found: list[tuple[float, float, Tensor]] = []  # accuracy, L2, weights
 
     def attempt(l2: float, start: Tensor | None) -> Tensor:
-        fitted = fit_logistic(features[~dev], labels[~dev], num_classes=num_classes, l2=l2, start=start)
-        found.append((float((fitted.predict(features[dev]) == truth).mean()), l2, fitted.weights))
+        fitted = fit_logistic(fit_features, fit_labels, num_classes=num_classes, l2=l2, start=start)
+        found.append((float((fitted.predict(dev_features) == truth).mean()), l2, fitted.weights))
         return fitted.weights
 
     def best() -> tuple[float, float, Tensor]:

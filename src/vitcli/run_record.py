@@ -15,7 +15,7 @@ from vitcli.config_file import stored_config
 from vitcli.errors import UserError
 from vitcli.recovery import STORE, Rollback, read_rollbacks
 from vitcli.rundir import read_json
-from vitcli.train import CONFIG, MANIFEST, SUMMARY, WEIGHTS
+from vitcli.train import CONFIG, MANIFEST, SPLIT, SUMMARY, WEIGHTS
 
 __all__ = ["RunRecord", "read_rows", "read_run"]
 
@@ -30,6 +30,7 @@ class RunRecord:
     summary: Mapping[str, Any] | None  # the last numbers; None until the run is finished
     rows: list[dict[str, Any]]  # of metrics.jsonl
     weights: Mapping[str, Any] | None  # what became of the tensors it started from
+    split: Mapping[str, Any] | None  # which files of a folder are held out, where the run made the split
     rollbacks: list[Rollback]
     nonfinite: list[str]  # stored batches of steps that were not applied
     checkpoints: list[Path]  # newest first
@@ -82,6 +83,7 @@ def read_run(path: Path) -> RunRecord:
         summary=read_json(path / SUMMARY),
         rows=read_rows(path / "metrics.jsonl"),
         weights=read_json(path / WEIGHTS),
+        split=read_json(path / SPLIT),
         rollbacks=read_rollbacks(path),
         nonfinite=sorted(entry.name for entry in stored.glob("step_*")) if stored.is_dir() else [],
         checkpoints=checkpoints_in(path / "checkpoints"),

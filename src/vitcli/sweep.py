@@ -22,6 +22,7 @@ import torch
 from vitcli.device import choose_device, hardware
 from vitcli.errors import ConfigError, RunExistsError
 from vitcli.interrupts import StopSignals
+from vitcli.logs import duration
 from vitcli.rundir import build_manifest, lock_run, write_json
 from vitcli.sweep_plan import (
     Start,
@@ -106,7 +107,10 @@ def sweep(
             say(f"{target.start.name}: the same model and settings as {twin.start.name}, swept once")
         else:
             targets.append(target)
-    slots = slots_of(jobs, choose_device(targets[0].config.train.device))
+    device = choose_device(targets[0].config.train.device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what measuring took belongs to the trials
+    slots = slots_of(jobs, device)
     say("\n".join(line for target in targets for line in describe_target(target)))
     side_by_side = len(slots) if any("CUDA_VISIBLE_DEVICES" in slot for slot in slots) else 1  # jobs on a CPU share its cores
     total = sum(target.seconds for target in targets) / side_by_side
@@ -117,8 +121,7 @@ def sweep(
     with stop.installed(), lock_run(out), stop.deferred():
         for target in targets:
             write_plan(target)
-        place = hardware(choose_device(targets[0].config.train.device))
-        manifest = build_manifest(hardware=place, data={"sources": list(dict.fromkeys(t.dataset for t in targets))})
+        manifest = build_manifest(hardware=hardware(device), data={"sources": list(dict.fromkeys(t.dataset for t in targets))})
         about = {**manifest, "jobs": len(slots), "early_stop": early_stop}
         problems = run_trials(targets, out, slots=slots, early_stop=early_stop, about=about, stop=stop, say=say)
     say("\n".join(["", *result_lines(results(targets, problems, early_stop=early_stop))]))
@@ -289,7 +292,7 @@ def watch(child: Child, *, early_stop: bool, say: Say) -> None:
     """Tell of new evaluations, and stop a trial that is hopeless."""
     trial = child.trial
     own = evaluations(trial.folder)
-    for step in sorted(step for step in own if step > child.told):
+    for step in sorted(step for step in own if child.told < step < trial.steps):  # the last one comes with the result
         say(f"{trial.label}: step {step:,} of {trial.steps:,}, top-1 {share(own[step]).strip()}")
         child.told = step
     if not early_stop or trial.final or child.is_stopped:
@@ -332,7 +335,7 @@ def conclude(child: Child, problems: dict[Path, str], *, say: Say) -> None:
     seconds = time.monotonic() - child.started
     end = outcome(trial, problems)
     if end.state == "finished":
-        say(f"{trial.label}: top-1 {share(end.top1).strip()}, {hours(seconds)}")
+        say(f"{trial.label}: top-1 {share(end.top1).strip()}, in {duration(seconds)}")
     elif child.is_stopped:
         say(f"{trial.label}: stopped early, {end.problem}")
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitcli.config import Config, DataConfig
+from vitcli.config import Config, DataConfig, LogConfig
 from vitcli.config_file import dump_config
 from vitcli.data.named import NAMED_SETS, data_root, present_sets
 from vitcli.data.sources import open_source
@@ -134,7 +134,8 @@ class Trial:
             words += [f"train.steps={target.trial_steps}"]
             if config.optim.warmup_steps is not None:
                 words += [f"optim.warmup_steps={config.optim.warmup_steps * target.trial_steps // target.steps}"]
-        return [*words, "log.keep_checkpoints=1"]
+        # what a trial is resumed from, and no more: it serves for one number
+        return words if config.log.keep_checkpoints != LogConfig().keep_checkpoints else [*words, "log.keep_checkpoints=1"]
 
     def command(self) -> list[str]:
         """Return the command of a process that carries it out."""

@@ -59,7 +59,8 @@ def outcome(trial: Trial, problems: Problems) -> Outcome:
     if trial.folder in problems:
         return Outcome("failed", last_step(trial.folder), problem=problems[trial.folder])
     if (stopped := read_json(trial.folder / STOPPED)) is not None:
-        why = f"at step {stopped['step']:,} {share(stopped['top1'])}, others' median {share(stopped['median'])}"
+        own, median = (share(stopped[key]).strip() for key in ("top1", "median"))
+        why = f"{own} at step {stopped['step']:,}, where the others' median was {median}"
         return Outcome("stopped", stopped["step"], stopped["top1"], problem=why)
     step = last_step(trial.folder)
     return Outcome("begun" if step else "waiting", step)
@@ -182,6 +183,10 @@ def result_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     for each in found:
         lr = "-" if each["lr"] is None else f"{each['lr']:g}"
         lines.append(f"{each['dataset']:<{wide}}  {each['start']:<{long}}  {lr:<8}  {verdict(each)}")
+    for start in dict.fromkeys(each["start"] for each in found):
+        means = [each["test"]["top1_mean"] for each in found if each["start"] == start]
+        if len(means) > 1 and None not in means:
+            lines.append(f"{start}: {100 * statistics.mean(means):.2f} % on average of {len(means)} data sets")
     return lines
 
 

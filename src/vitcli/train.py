@@ -251,6 +251,7 @@ def carry_out(
         summary = {
             "step": done.step,
             "trained_steps": done.trained_steps,
+            "stopped_early": done.trained_steps < (job.config.train.steps or 0),
             "train_seconds": round(done.train_seconds, 1),
             **done.result.as_dict(job.train_source.classes),
         }
@@ -305,7 +306,8 @@ def refuse_other(out: Path, config: Config) -> None:
         return
     if manifest is None:
         strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
-        known = {CONFIG, ROLLBACKS, SPLIT, WEIGHTS, "checkpoints", "nonfinite", "predictions", "tensorboard", "metrics.jsonl"}
+        known = {CONFIG, ROLLBACKS, SPLIT, WEIGHTS, "checkpoints", "nonfinite", "predictions", "tensorboard"}
+        known |= {"metrics.jsonl", "report.html"}
         if set(strangers) - known:
             raise RunExistsError(f"{out}: holds files but no run ({strangers[0]}, ...); choose another --out")
         return

@@ -119,12 +119,12 @@ def match_images(paths: Sequence[str], file: LabelFile) -> list[str | None]:
         longer = [key for way, key in alike if ends(key, way)]
         if not shorter and len(longer) > 1:
             raise DataError(f"{file.path}: {longer[0]} and {longer[1]} both mean {path}; give the folder that they lie in")
-        key = max(shorter, key=len) if shorter else longer[0] if longer else None
-        if key is not None and key in taken:
-            raise DataError(f"{file.place(key)}: {key} means {paths[taken[key]]} and {path}; write more of the path")
-        if key is not None:
-            taken[key] = number
-        found.append(key)
+        best = max(shorter, key=len) if shorter else longer[0] if longer else None
+        if best is not None and best in taken:
+            raise DataError(f"{file.place(best)}: {best} means {paths[taken[best]]} and {path}; write more of the path")
+        if best is not None:
+            taken[best] = number
+        found.append(best)
     if not taken:
         wanted = next(iter(file.labels))
         raise DataError(f"{file.path}: none of its {len(file.labels):,} images is there: it names {wanted}, found {paths[0]}")

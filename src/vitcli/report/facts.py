@@ -93,6 +93,10 @@ def environment(record: RunRecord, answers: Answers | None) -> list[tuple[str, s
     rows += list((manifest.get("versions") or {}).items())
     rows += [(key.replace("_", " "), value) for key, value in (manifest.get("hardware") or {}).items()]
     rows += [(f"data, {key}", value) for key, value in (manifest.get("data") or {}).items()]
+    if record.split is not None:
+        split = record.split
+        rows.append(("held out", f"{split.get('held_out_images')} images: {split.get('rule')}"))
+        rows.append(("held out, SHA-256 of their names", split.get("held_out_sha256")))
     if answers is not None:
         rows.append(("checkpoint evaluated", answers.about["checkpoint"]))
     return [(key, shorten(value if isinstance(value, str) else in_json(value), 2000)) for key, value in rows if value]

@@ -10,6 +10,7 @@ import numpy as np
 from vitcli.config import Config
 from vitcli.config_file import dump_config
 from vitcli.data.protocol import Source
+from vitcli.data.shapes import ShapesSource
 from vitcli.data.sources import open_source
 from vitcli.model_config import resolve_model
 from vitcli.predictions import VAL_PREDICTIONS, Predictions, save_predictions
@@ -106,7 +107,10 @@ def answers(images: Source, *, num_classes: int, accuracy: float, seed: int) -> 
     """Answer every image of a source, rightly with a probability of `accuracy`."""
     generator = np.random.default_rng(seed)
     count = len(images)
-    labels = np.array([images[index][1] for index in range(count)], np.int64)
+    if isinstance(images, ShapesSource):
+        labels = images.label_of(np.arange(count))
+    else:
+        labels = np.asarray(images.labels, np.int64)
     logits = generator.normal(size=(count, num_classes))
     wrong = (labels + generator.integers(1, num_classes, count)) % num_classes
     first = np.where(generator.random(count) < accuracy, labels, wrong)

@@ -20,8 +20,9 @@ LAYERS = (
     {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"}
     | {"metrics"}
     | {"pretrained", "fewshot", "neighbours"},
-    {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery", "retention"}
-    | {"saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed", "views", "label_sets"},
+    {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
+    | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
+    | {"views", "label_sets"},
     {"step", "watch", "ending"},
     {"fit"},
     {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"},

@@ -28,7 +28,7 @@ from vitcli.train import pretrain
         ([0.5], 1, 0),
         ([0.5, 0.6, 0.7], 3, 0),
         ([0.5, 0.7, 0.6, 0.6], 2, 2),
-        ([0.5, 0.7, 0.6, 0.7, 0.6], 4, 3),  # equal ones: the last is kept, but reaching it again is no progress
+        ([0.5, 0.7, 0.6, 0.7, 0.6], 4, 1),
         ([math.nan, 0.2, math.nan], 2, 1),
         ([math.nan, math.nan], None, 2),
     ],
@@ -46,30 +46,45 @@ def config(**train: Any) -> Config:
 
 
 def test_patience_counts_from_where_everything_learns() -> None:
-    evals = {step: {"top1": 0.5, "loss": 1.0} for step in (2, 4, 6, 8)}
-    assert not is_stalled(config(), evals)
-    assert is_stalled(config(early_stop_evals=3), evals)
-    assert not is_stalled(config(early_stop_evals=4), evals)
-    assert not is_stalled(config(early_stop_evals=3, head_first_steps=4), evals)
-    assert is_stalled(config(early_stop_evals=2, head_first_steps=4), evals)
+    evals = {step: {"top1": 0.8 if step == 2 else 0.5, "loss": None} for step in (2, 4, 6, 8)}
+    assert not is_stalled(config(), evals, examples=1000)
+    assert is_stalled(config(early_stop_evals=3), evals, examples=1000)
+    assert not is_stalled(config(early_stop_evals=4), evals, examples=1000)
+    assert not is_stalled(config(early_stop_evals=3, head_first_steps=4), evals, examples=1000)
+    assert is_stalled(config(early_stop_evals=2, head_first_steps=4), evals, examples=1000)
 
 
-def test_of_equal_accuracies_a_lower_loss_is_better_where_progress_is_asked_for() -> None:
-    evals = {
-        2: {"top1": 0.5, "loss": 1.0},
-        4: {"top1": 0.9, "loss": 0.4},
-        6: {"top1": 0.9, "loss": 0.3},
-        8: {"top1": 0.9, "loss": None},
-    }
-    assert best_step(scores_of(config(), evals)) == 8
-    patient = config(early_stop_evals=1)
-    assert best_step(scores_of(patient, evals)) == 6
-    assert evals_since_best(scores_of(patient, evals)) == 1
+@pytest.mark.parametrize(
+    ("examples", "accuracies", "best"),
+    [
+        (30, [0.3, 0.4, 0.3, 0.33], 4),  # one picture more or less says nothing
+        (30, [0.3, 0.4, 0.3, 0.3], 2),
+        (3000, [0.3, 0.4, 0.3, 0.33], 2),
+        (7, [0.5, 1.0, 0.857, 0.714], 3),
+        (30, [0.1, 0.4, 0.8, 0.9], 4),
+        (10**9, [0.3, 0.4, 0.4, 0.3999], 3),
+    ],
+)
+def test_of_accuracies_within_a_standard_error_the_last_is_taken(examples: int, accuracies: list[float], best: int) -> None:
+    evals = {step: {"top1": top1, "loss": 1.0} for step, top1 in enumerate(accuracies, start=1)}
+    now: int | None = None
+    for number in range(1, len(evals) + 1):  # what is kept on disk on the way has to be what is returned to in the end
+        so_far = {step: evals[step] for step in range(1, number + 1)}
+        scores = scores_of(config(early_stop_evals=9), so_far, examples=examples)
+        before, now = now, best_step(scores)
+        assert now in (before, number)
+    assert now == best
+    plain = scores_of(config(), evals, examples=examples)
+    assert plain == {step: row["top1"] for step, row in evals.items()}
+
+
+def test_losses_are_taken_as_they_are() -> None:
+    evals = {2: {"top1": 0.5, "loss": 0.4}, 4: {"top1": 0.5, "loss": 0.41}, 6: {"top1": 0.9, "loss": None}}
+    patient = config(early_stop_evals=9)
     by_loss = patient.model_copy(update={"log": patient.log.model_copy(update={"best_metric": "loss"})})
-    assert best_step(scores_of(by_loss, evals)) == 6
-    assert math.isnan(scores_of(by_loss, evals)[8])
-    hopeless = {step: {"top1": math.nan, "loss": None} for step in evals}
-    assert best_step(scores_of(patient, hopeless)) is None
+    scores = scores_of(by_loss, evals, examples=10)
+    assert best_step(scores) == 2 and math.isnan(scores[6])
+    assert best_step(scores_of(patient, {2: {"top1": math.nan, "loss": None}}, examples=10)) is None
 
 
 # ---------------------------------------------------------------- runs

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from vitcli.errors import UserError
@@ -132,11 +134,15 @@ def test_confusion_shows_right_ones_blue_and_mistakes_orange() -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["3", "1", "4"]
 
 
+def heights(axes: Axes) -> list[float]:
+    return [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
+
+
 def test_reliability_with_empty_bins() -> None:
     nan = math.nan
     figure = draw_reliability(np.array([nan, 0.4, 0.9]), np.array([nan, 0.5, 0.8]), np.array([0, 10, 30]))
-    assert [bar.get_height() for bar in figure.axes[0].patches] == [0.5, 0.8]
-    assert [bar.get_height() for bar in figure.axes[1].patches] == [0, 0.25, 0.75]
+    assert heights(figure.axes[0]) == [0.5, 0.8]
+    assert heights(figure.axes[1]) == [0, 0.25, 0.75]
 
 
 def test_a_sweep_has_a_tick_at_each_rate() -> None:

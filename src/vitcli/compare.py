@@ -255,11 +255,11 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"{found['a']} and {found['b']}: not comparable, {found['why']}")
             continue
         low, high = (100 * end for end in found["interval"])
-        lines.append(
-            f"{found['b']} less {found['a']}: {100 * found['difference']:+.2f} points of top-1 "
-            f"(95 % interval {low:+.2f} to {high:+.2f}) on the same {found['images']:,} images; "
-            f"{found['only_b']:,} against {found['only_a']:,} right alone; p = {found['p_holm']:.2g}"
-        )
+        lines += [
+            f"{found['b']} less {found['a']}: {100 * found['difference']:+.2f} points of top-1, p = {found['p_holm']:.2g}",
+            f"  95 % interval {low:+.2f} to {high:+.2f}; on the same {found['images']:,} images {found['only_b']:,} against "
+            f"{found['only_a']:,} that the other got wrong",
+        ]
     if tests:
         adjusted = f", adjusted for {tests} pairs (Holm)" if tests > 1 else ""
         lines.append(

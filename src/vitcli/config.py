@@ -165,7 +165,7 @@ class TrainConfig(Section):
     )
     early_stop_evals: PositiveInt | None = Field(
         None,
-        description="end after so many evaluations without a better log.best_metric; the best checkpoint is the result",
+        description="end after so many evaluations clearly below the best, by log.best_metric; the result is the best one",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(

@@ -19,24 +19,24 @@ __all__ = ["best_step", "evals_since_best", "is_stalled", "return_to_best", "sco
 Evals = Mapping[int, Mapping[str, Any]]  # what was logged of each evaluation, by the step it came after
 
 
-def scores_of(config: Config, evals: Evals) -> dict[int, float]:
+def scores_of(config: Config, evals: Evals, *, examples: int) -> dict[int, float]:
     """Return a score of each evaluation, higher for better ones and NaN where it was not finite.
 
-    It is `log.best_metric`, or minus the loss. Early stopping asks for progress, which a top-1 on a few pictures shows in large
-    steps, so there it is the place in an order in which, of equal ones, a lower loss is better.
+    It is `log.best_metric`, or minus the loss. For early stopping all within a standard error of the best accuracy score as it
+    does: on a few pictures the highest of twenty accuracies is luck, and of equal ones the last, trained longest, is taken.
+
+    Args:
+        examples: images of an evaluation.
     """
     metric = config.log.best_metric
-
-    def numbers(row: Mapping[str, Any]) -> tuple[float, float]:
-        value, loss = (math.nan if row[key] is None else float(row[key]) for key in (metric, "loss"))
-        return -loss if metric == "loss" else value, -loss if math.isfinite(loss) else -math.inf
-
-    found = {step: numbers(row) for step, row in evals.items()}
-    if config.train.early_stop_evals is None:
-        return {step: value for step, (value, _) in found.items()}
-    in_order = sorted({pair for pair in found.values() if math.isfinite(pair[0])})
-    places = {pair: float(place) for place, pair in enumerate(in_order)}
-    return {step: places.get(pair, math.nan) for step, pair in found.items()}
+    sign = -1.0 if metric == "loss" else 1.0
+    scores = {step: math.nan if row[metric] is None else sign * row[metric] for step, row in evals.items()}
+    best = max((score for score in scores.values() if math.isfinite(score)), default=math.nan)
+    if config.train.early_stop_evals is None or metric == "loss":
+        return scores
+    share = (best * examples + 2) / (examples + 4)  # Agresti and Coull: at 100 % too there is an error
+    enough = best - math.sqrt(share * (1 - share) / examples)
+    return {step: best if score >= enough else score for step, score in scores.items()}
 
 
 def best_step(scores: Mapping[int, float]) -> int | None:
@@ -46,25 +46,27 @@ def best_step(scores: Mapping[int, float]) -> int | None:
 
 
 def evals_since_best(scores: Mapping[int, float], *, first_step: int = 0) -> int:
-    """Return how many evaluations there were since the best score was reached for the first time.
+    """Return how many evaluations there were since the best one.
 
     Args:
         first_step: evaluations up to this step do not count.
     """
-    best = best_step(scores)
-    reached = min((step for step in scores if best is not None and scores[step] == scores[best]), default=0)
-    return sum(step > max(reached, first_step) for step in scores)
+    best = best_step(scores) or 0
+    return sum(step > max(best, first_step) for step in scores)
 
 
-def is_stalled(config: Config, evals: Evals) -> bool:
-    """Tell whether a run has gone on for as many evaluations without a better one as its config allows."""
+def is_stalled(config: Config, evals: Evals, *, examples: int) -> bool:
+    """Tell whether a run has gone on for as many evaluations without one as good as the best as its config allows."""
     patience = config.train.early_stop_evals
     # what the head reached alone is no yardstick for how long everything may take
     first_step = config.train.head_first_steps
-    return patience is not None and evals_since_best(scores_of(config, evals), first_step=first_step) >= patience
+    scores = scores_of(config, evals, examples=examples)
+    return patience is not None and evals_since_best(scores, first_step=first_step) >= patience
 
 
-def return_to_best(state: State, engine: Engine, config: Config, evals: Evals, *, say: Callable[[str], object]) -> bool:
+def return_to_best(
+    state: State, engine: Engine, config: Config, evals: Evals, *, examples: int, say: Callable[[str], object]
+) -> bool:
     """Put the weights of the best evaluation in place of the last ones, and tell whether they are others.
 
     Where their checkpoint is damaged the last ones stay, and that is said. All ranks must call it; rank 0's evaluations count.
@@ -72,7 +74,7 @@ def return_to_best(state: State, engine: Engine, config: Config, evals: Evals, *
     ranks, saved, best = engine.ranks, None, state.step
     assert config.out is not None
     if ranks.main:
-        found = best_step(scores_of(config, evals))
+        found = best_step(scores_of(config, evals, examples=examples))
         if found is not None and found != state.step:
             try:
                 saved = load_checkpoint(config.out / "checkpoints" / f"step_{found:08d}")
@@ -82,7 +84,7 @@ def return_to_best(state: State, engine: Engine, config: Config, evals: Evals, *
     best = ranks.broadcast(best)
     if best == state.step:
         return False
-    say(f"the best {config.log.best_metric} was after step {best:,}; those weights are the result")
+    say(f"{config.log.best_metric} got worse after step {best:,}; the weights of that step are the result")
     states = None if saved is None else States(saved.model_state, saved.optimizer_state, saved.ema_state)
     engine.load_states(states, state.optimizer, state.ema)
     state.step = best

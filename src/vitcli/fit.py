@@ -174,7 +174,7 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
                 if probe_sets and (due_probe or last) and state.step not in probed:
                     probe_now(probe_sets, state, job, engine, log, stop, warn=warn_once)
                     probed.add(state.step)
-                if last or (due and ranks.broadcast(is_stalled(config, log.evals))):
+                if last or (due and ranks.broadcast(is_stalled(config, log.evals, examples=job.plan.val_examples))):
                     return finish(state, job, engine, log, judged, evaluate, say=log.message)
                 parts = next_parts(micro_batches, micro_per_step, stop=stop, ranks=ranks)
                 outcome = train_step(
@@ -233,8 +233,9 @@ def finish(
         judged: the evaluation of the weights as they are, where that was just made.
     """
     config, trained_steps = job.config, state.step
-    if config.train.early_stop_evals is not None and return_to_best(state, engine, config, log.evals, say=say):
-        judged = None
+    if config.train.early_stop_evals is not None:
+        moved = return_to_best(state, engine, config, log.evals, examples=job.plan.val_examples, say=say)
+        judged = None if moved else judged
     result, predictions = judged or evaluate()
     store_predictions(job, predictions, step=state.step)
     log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
@@ -374,7 +375,7 @@ def save(state: State, job: Job, engine: Engine, saver: AsyncSaver, watch: Watch
             optimizer_state=states.optimizer,
             manifest=manifest,
             extra=extra,
-            scores=scores_of(config, log.evals),
+            scores=scores_of(config, log.evals, examples=job.plan.val_examples),
             also_keep={(streak.first_step if streak.length else state.step) // every * every},  # where a rollback would go
             owned=engine.in_step,  # put together for us
         )

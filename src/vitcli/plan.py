@@ -244,7 +244,7 @@ def describe(plan: Plan) -> list[str]:
     passes = images / plan.train_examples
     trained = f", of which {plan.trained_parameters:,} are trained" if plan.trained_parameters < plan.parameters else ""
     layers = f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else ""
-    patience = f"after {train.early_stop_evals} evaluations without a better {config.log.best_metric}"
+    patience = f"after {train.early_stop_evals} evaluations clearly below the best by {config.log.best_metric}"
     return [
         f"model       {describe_model(model, config.data.image_size)}, {plan.num_classes:,} classes",
         f"parameters  {plan.parameters:,}{trained}",

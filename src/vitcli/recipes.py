@@ -126,7 +126,7 @@ def finetune_recipe(
     if dataset.partition(":")[0] in OWN:
         settings["train"] |= {"early_stop_evals": PATIENCE_EVALS}
         notes.append(
-            f"ends early: after {PATIENCE_EVALS} evaluations (of 20) without a better one; the best checkpoint is the result"
+            f"ends early: after {PATIENCE_EVALS} evaluations (of 20) clearly below the best; the best checkpoint is the result"
         )
     return Recipe(settings, notes)
 

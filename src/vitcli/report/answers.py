@@ -1,5 +1,6 @@
 """What a run's answers say, as rows and figures of the page: measures, classes, confusion, calibration, mistakes."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,7 @@ def pairs(answers: Answers | None, pictures: Pictures | None) -> dict[str, Any]:
                     "label": shorten(pair["label"]),
                     "predicted": shorten(pair["predicted"]),
                     "count": f"{pair['images']:,}",
-                    "share": percent(pair["images"] / pair["of"]),
+                    "share": percent(pair["images"] / pair["of"], digits=1),
                     "pictures": shown,
                 }
             )
@@ -205,19 +206,24 @@ def calibration(answers: Answers) -> dict[str, Any] | None:
     return {"svg": inline_svg(figure, name="calibration", description="reliability diagram"), "verdict": verdict}
 
 
-def mistakes_of(answers: Answers, pictures: Pictures | None) -> list[dict[str, Any]]:
-    """Return the most confident mistakes, with pictures where there are."""
+def mistakes_of(answers: Answers | None, pictures: Pictures | None) -> dict[str, Any]:
+    """Return `mistakes`, the most confident ones, with pictures where there are, and `below`, the folder they all lie in."""
+    found = [] if answers is None else answers.found["mistakes"]
+    places = [] if pictures is None else [pictures.where(mistake["index"]) for mistake in found]
+    shared = os.path.commonpath(places) if places and all(map(os.path.isabs, places)) else ""
+    below = "" if shared in ("", os.sep) or shared in places else shared
     rows = []
-    for mistake in answers.found["mistakes"]:
+    for number, mistake in enumerate(found):
         index, rank = mistake["index"], mistake["rank"]
+        where = "" if not places else os.path.relpath(places[number], below) if below else places[number]
         rows.append(
             {
                 "picture": None if pictures is None else pictures.large(index),
-                "where": "" if pictures is None else shorten(pictures.where(index), 120),
+                "where": shorten(where, 120),
                 "label": shorten(mistake["label"]),
                 "predicted": shorten(mistake["predicted"]),
                 "confidence": percent(mistake["confidence"], digits=1),
-                "own": f"came {ordinal(rank + 1)}" if 0 < rank < len(answers.about["classes"]) else "",
+                "own": f"came {ordinal(rank + 1)}" if answers is not None and 0 < rank < len(answers.about["classes"]) else "",
             }
         )
-    return rows
+    return {"mistakes": rows, "below": shorten(below, 300)}

@@ -37,7 +37,7 @@ def render(record: RunRecord, answers: Answers | None, pictures: Pictures | None
         "confusion": None if answers is None else said.confusion(answers),
         **said.pairs(answers, pictures),
         "calibration": None if answers is None else said.calibration(answers),
-        "mistakes": [] if answers is None else said.mistakes_of(answers, pictures),
+        **said.mistakes_of(answers, pictures),
         "settings": settings(record),
         "weights": weights(record),
         "environment": environment(record, answers),

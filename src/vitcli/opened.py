@@ -80,7 +80,8 @@ def open_model(
         "source": dataset or str(pretrained.manifest["source"]),
     }
     if dataset is not None:
-        data_settings |= {"val_source": None, "dev_fraction": None, "examples": None} | ({} if dataset == "mix" else {"mix": None})
+        data_settings |= {"val_source": None, "dev_fraction": None, "examples": None}
+        data_settings |= {} if dataset == "mix" else {"mix": None}
     base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest.get("train", {})}}
     config, _ = read_config(None, list(overrides), base=base, base_name=str(ckpt))
     device = choose_device("auto")

@@ -373,8 +373,8 @@ def describe_target(target: Target) -> list[str]:
         f"  settings  {config.optim.name}, {size[0]} x {size[1]} px, {config.train.precision} on "
         f"{hardware(choose_device(config.train.device))}",
         f"  trials    {trials}",
-        f"  final     {len(target.seeds)} seeds, {target.steps:,} {batch} on all {target.train_examples:,} images, "
-        f"tested on {target.test_examples:,}",
+        f"  final     {len(target.seeds)} seed{'s' if len(target.seeds) > 1 else ''}, {target.steps:,} {batch} on all "
+        f"{target.train_examples:,} images, tested on {target.test_examples:,}",
         f"  cost      about {hours(target.seconds)} of training on one device",
         f"  a trial   vit {shlex.join((target.trials or target.finals(target.lrs[0]))[0].words())}",
     ]

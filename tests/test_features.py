@@ -286,6 +286,7 @@ def work(folder: Path) -> None:
         (folder / f"{ranks.rank}.json").write_text(json.dumps(said))
 
 
+@pytest.mark.slow
 def test_two_processes_extract_what_one_does(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

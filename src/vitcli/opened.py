@@ -113,14 +113,17 @@ def match_classes(opened: OpenedModel, source: Source, *, say: Say) -> Images:
     """
     config, pretrained, ckpt = opened.config, opened.pretrained, opened.ckpt
     classes = pretrained.classes
-    if not pretrained.named and set(source.classes) != set(classes):  # folders "0", "1", "10", ... are numbers
+    unnamed = f"{ckpt}: the file does not name its {len(classes):,} classes"
+    if not pretrained.named and set(source.classes) == set(classes):  # folders "0", "1", "10", ... are numbers
+        say(f"{unnamed}; taken as {config.data.source}'s, by their numbers")
+    elif not pretrained.named:
         classes = list(source.classes)
         if len(classes) != len(pretrained.classes):
             raise DataError(
                 f"{config.data.source} for {ckpt}: the file has {len(pretrained.classes):,} classes and does not name them; "
                 f"this data set has {len(classes):,}: evaluate on the data it was trained on, or fine-tune it on this first"
             )
-        say(f"{ckpt}: the file does not name its {len(classes):,} classes; taken as {config.data.source}'s, in its order")
+        say(f"{unnamed}; taken as {config.data.source}'s, in its order")
     class_map = map_classes(classes, source.classes, f"{config.data.source} for {ckpt}")
     return Images(source, classes, class_map)
 

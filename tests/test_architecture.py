@@ -18,17 +18,20 @@ LAYERS = (
     {"config"},
     {"config_file", "pretrained"},
     {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"}
-    | {"pretrained"},
-    {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "plan", "tuning", "recovery", "retention"}
-    | {"saving"},
-    {"step", "watch"},
+    | {"metrics"}
+    | {"pretrained", "fewshot", "neighbours"},
+    {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
+    | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
+    | {"views", "label_sets"},
+    {"step", "watch", "ending"},
     {"fit"},
-    {"train", "assess", "data_commands"},
-    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options"},
+    {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"},
+    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"},
     {"__main__"},
 )
 LEAVES = LAYERS[4]
-LAZY = ("torch", "torchvision", "numpy", "sklearn", "tensorboard")  # seconds to import, so never for `vit --help`
+# seconds to import, so never for `vit --help`
+LAZY = ("torch", "torchvision", "numpy", "sklearn", "tensorboard", "matplotlib", "jinja2")
 
 
 def module_name(path: Path) -> str:

@@ -59,7 +59,7 @@ def test_the_json_schema_lists_the_settings() -> None:
 def test_a_finished_run_says_so_and_changes_nothing(trained: Path) -> None:
     run = trained / "runs" / "tiny"
     assert {p.name for p in run.iterdir() if not p.name.startswith(".")} == {
-        "config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints",
+        "config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "predictions",
     }  # fmt: skip
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
     result = vit("pretrain", "--config", "tiny.yaml", cwd=trained)

@@ -35,6 +35,7 @@ from vitcli.evaluate import EvalResult, evaluate
 from vitcli.forward import answers
 from vitcli.models.vit import VisionTransformer
 from vitcli.optim import build_optimizer, clip_gradients, ema_start, ema_update, weight_norm
+from vitcli.predictions import Predictions, collect_predictions
 from vitcli.train import pretrain
 
 CPU = torch.device("cpu")
@@ -302,12 +303,21 @@ def check_evaluation(ranks: Ranks) -> None:
         answered = answers(judged, batches, preprocess=scaled, device=CPU, ranks=by)
         return replace(evaluate(answered, num_classes=10, device=CPU, ranks=by), seconds=0.0)
 
+    def collect(by: Ranks, batch_size: int) -> Predictions:
+        batches = eval_batches(source, EvalTransform(image_size=SIZE), batch_size=batch_size, rank=by.rank, ranks=by.ranks)
+        scaled = lambda images: images.float() / 128 - 1  # noqa: E731
+        answered = answers(model, batches, preprocess=scaled, device=CPU, ranks=by)
+        return collect_predictions(answered, num_classes=10, device=CPU, ranks=by, keep_logits=True)[1]
+
     sharded = build(classes=10)
     Engine(sharded, blocks=list(sharded.blocks), input_shape=(3, *SIZE), parallel="fsdp", ranks=ranks, device=CPU)
     for batch_size in (7, 32, 40, len(source), 1000):  # as many batches for each, one more for rank 1, none for rank 0
         alone = judge(SOLO, model, batch_size)
         assert judge(ranks, model, batch_size) == alone, batch_size
         assert judge(ranks, sharded, batch_size) == alone, batch_size
+        shared = vars(collect(ranks, batch_size))
+        for name, array in vars(collect(SOLO, batch_size)).items():
+            np.testing.assert_array_equal(shared[name], array, err_msg=f"{name}, {batch_size}")
 
     def broken() -> Iterator[dict[str, Tensor]]:
         batch = {"images": torch.zeros(2, 3, *SIZE, dtype=torch.uint8), "labels": torch.zeros(2, dtype=torch.int64)}

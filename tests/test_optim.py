@@ -4,11 +4,15 @@ import math
 from typing import Any, Literal
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from timm.models.resnetv2 import ResNetV2
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from vitcli.config import OptimConfig
+from vitcli.models.resnet import ResNet, ResNetStem
 from vitcli.models.vit import VisionTransformer
 from vitcli.optim import (
     Muon,
@@ -16,9 +20,11 @@ from vitcli.optim import (
     clip_gradients,
     ema_start,
     ema_update,
+    layer_numbers,
     lr_at,
     orthogonal_factor,
     param_groups,
+    trained_names,
     weight_norm,
 )
 
@@ -284,3 +290,95 @@ def test_ema_is_the_weighted_mean_of_the_weights_seen() -> None:
     for name in ema:
         torch.testing.assert_close(ema[name].double(), expected[name], atol=1e-6, rtol=1e-5)
     assert not any(tensor.requires_grad for tensor in ema.values())
+
+
+# --------------------------------------------------------------------------------------------- layer decay and freezing
+
+
+def timms_scales(model: nn.Module) -> dict[str, float]:
+    """Return learning-rate factor and weight decay of each of a timm model's parameters, by its name and which it is."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.1, layer_decay=0.75, no_weight_decay_list=("pos_embed", "cls_token", "reg_token")
+    )
+    keys = ("lr_scale", "weight_decay")
+    return {f"{names[id(p)]} {key}": group[key] for group in groups for p in group["params"] for key in keys}
+
+
+def our_scales(model: nn.Module) -> dict[str, float]:
+    """Return the same of one of our models."""
+    groups = param_groups(model, weight_decay=0.1, layer_decay=0.75)
+    keys = ("lr_scale", "weight_decay")
+    return {f"{name} {key}": group[key] for group in groups for name, _ in group["params"] for key in keys}
+
+
+def test_layer_decay_is_timms() -> None:
+    theirs = timm.models.VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, mlp_ratio=2, num_classes=5, reg_tokens=2
+    )
+    assert our_scales(build(depth=3, representation_size=None, registers=2)) == pytest.approx(timms_scales(theirs))
+
+
+def test_layer_decay_of_a_resnet_is_timms() -> None:
+    theirs = ResNetV2(layers=(2, 1), channels=(128, 256), stem_chs=32, num_classes=5, preact=True, stem_type="fixed")
+    expected = {name.replace("head.fc.", "head."): scales for name, scales in timms_scales(theirs).items()}
+    assert our_scales(ResNet(image_size=(32, 32), units=(2, 1), width=32, num_classes=5)) == pytest.approx(expected)
+
+
+def test_layers_of_other_models_have_their_place() -> None:
+    stem = ResNetStem(units=(1,), width=32, root="small")
+    hybrid = build(backbone=stem, patch_size=2, representation_size=8)
+    numbers = layer_numbers(name for name, _ in hybrid.named_parameters())
+    assert {numbers[name] for name in numbers if name.startswith(("patch_embed.", "cls_token", "pos_embed"))} == {0}
+    assert (numbers["blocks.0.norm1.weight"], numbers["blocks.1.mlp.fc2.bias"], numbers["norm.weight"]) == (1, 2, 2)
+    assert {numbers[name] for name in numbers if name.startswith(("pre_logits.", "head."))} == {3}
+    mapped = layer_numbers(name for name, _ in build(pool="map", pos_embed="learned2d").named_parameters())
+    assert mapped["pos_embed_rows"] == 0 and mapped["attn_pool.latent"] == mapped["head.weight"] == 3
+    axial = build(pool="gap", attention="axial", depth=2)
+    layers = layer_numbers(name for name, _ in axial.named_parameters())
+    assert layers["blocks.1.rows.attn.qkv.weight"] == layers["blocks.1.columns.attn.qkv.weight"] == 2
+
+
+def test_freezing_does_not_change_which_layer_is_which() -> None:
+    model = build(depth=4)
+    whole = our_scales(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(("head.", "blocks.3."))
+    assert our_scales(model) == {name: scale for name, scale in whole.items() if name.startswith(("head.", "blocks.3."))}
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_a_layer_moves_by_its_own_learning_rate(name: Any) -> None:
+    """One step with layer decay against one for each layer alone, at that layer's learning rate."""
+
+    def with_a_head() -> VisionTransformer:
+        model = build()
+        nn.init.normal_(model.head.weight, std=0.1)  # one of zeros would stop every gradient
+        return model
+
+    section = OptimConfig(name=name, lr=0.01, weight_decay=0.1, layer_decay=0.5)
+    model = with_a_head()
+    optimizer = build_optimizer(section, model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group["lr_scale"]
+    after = take_steps(model, optimizer, 1)
+    numbers = layer_numbers(name for name, _ in model.named_parameters())
+    for layer in range(4):
+        alone = with_a_head()
+        same = section.model_copy(update={"lr": 0.01 * 0.5 ** (3 - layer), "layer_decay": 1.0})
+        moved = take_steps(alone, build_optimizer(same, alone), 1)
+        for each in (each for each, number in numbers.items() if number == layer):
+            torch.testing.assert_close(after[each], moved[each])
+
+
+def test_without_layer_decay_groups_are_as_ever() -> None:
+    assert [sorted(group) for group in param_groups(build(), weight_decay=0.1)] == [["params", "weight_decay"]] * 2
+
+
+def test_patterns_name_what_is_frozen() -> None:
+    names = [name for name, _ in build(representation_size=None).named_parameters()]
+    assert trained_names(names, head_alone=False, frozen=[]) == names
+    assert trained_names(names, head_alone=True, frozen=[]) == ["head.weight", "head.bias"]
+    left = trained_names(names, head_alone=False, frozen=["patch_embed.*", "blocks.[0-1].*", "*_embed", "cls_token"])
+    assert left == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert trained_names(names, head_alone=True, frozen=["head.bias"]) == ["head.weight"]

@@ -118,8 +118,8 @@ def test_small_models_keep_their_resolution_and_slow_machines_get_a_hint() -> No
 
 def test_an_unknown_set_gets_a_recipe_for_its_size_and_machine() -> None:
     few, many = recipe("folder:photos", num_examples=300), recipe("folder:photos", num_examples=1_000_000)
-    assert few.settings["train"] == {"steps": 562, "batch_size": 16}
-    assert many.settings["train"] == {"steps": 20_000, "batch_size": 512}
+    assert few.settings["train"] == {"steps": 562, "batch_size": 16, "early_stop_evals": 8}
+    assert many.settings["train"] == {"steps": 20_000, "batch_size": 512, "early_stop_evals": 8}
     assert "300 images" in few.notes[0]
     slow = recipe("folder:photos", num_examples=1_000_000, speed=4e10)
     assert slow.settings["train"]["steps"] == int(1800 * 4e10 / (512 * 3 * 50e6))

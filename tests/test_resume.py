@@ -14,7 +14,7 @@ import pytest
 
 from vitcli.checkpoint import load_checkpoint
 from vitcli.errors import Interrupted
-from vitcli.evaluate import evaluate_source
+from vitcli.predictions import collect_source
 from vitcli.train import pretrain
 
 STEPS = 60
@@ -135,13 +135,13 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(
 
     def evaluate_under_fire(*arguments: Any, **settings: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate_source(*arguments, **settings)
+        return collect_source(*arguments, **settings)
 
-    monkeypatch.setattr("vitcli.fit.evaluate_source", evaluate_under_fire)
+    monkeypatch.setattr("vitcli.fit.collect_source", evaluate_under_fire)
     with pytest.raises(Interrupted):
         pretrain(config, overrides, dry_run=False, say=lambda text: None)
     assert (out / "checkpoints" / "step_00000003" / "manifest.json").exists()
     assert not any(row["kind"] == "eval" for row in rows(out))
-    monkeypatch.setattr("vitcli.fit.evaluate_source", evaluate_source)
+    monkeypatch.setattr("vitcli.fit.collect_source", collect_source)
     pretrain(config, overrides, dry_run=False, say=lambda text: None)
     assert [row["step"] for row in rows(out) if row["kind"] == "eval"] == [3, 6, 9]

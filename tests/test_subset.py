@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vitcli.config import DataConfig
+from vitcli.config import DataConfig, ShapesConfig
 from vitcli.data.sources import ArraySource, open_source
-from vitcli.data.subset import SubsetSource, balanced_prefix, held_out, take_subset
+from vitcli.data.subset import SubsetSource, balanced_prefix, held_out, stratified_share, take_subset
 from vitcli.errors import DataError
 
 
@@ -87,3 +87,60 @@ def test_held_out_takes_a_share_of_every_class_and_never_all() -> None:
     assert np.array_equal(out, held_out(labels, fraction=0.1, name="set"))
     with pytest.raises(DataError, match="every class has a single image"):
         held_out(np.arange(4), fraction=0.5, name="set")
+
+
+@pytest.mark.parametrize(
+    ("counts", "fraction", "expected"),
+    [
+        ([5000] * 10, 0.02, [100] * 10),  # CIFAR-10, as in ViT (2010.11929) Table 4
+        ([500] * 100, 0.02, [10] * 100),  # CIFAR-100
+        ([20] * 102, 0.1, [2] * 102),  # Flowers-102
+    ],
+)
+def test_dev_splits_of_the_paper(counts: list[int], fraction: float, expected: list[int]) -> None:
+    labels = labels_of(counts)
+    assert np.bincount(labels[stratified_share(labels, fraction=fraction, name="set")]).tolist() == expected
+
+
+@pytest.mark.parametrize("counts", [[100, 93, 99, 88], [7, 1, 1, 3], [1300, 732, 1000], [2, 2, 2, 2, 2]])
+@pytest.mark.parametrize("fraction", [0.01, 0.02, 0.1, 0.2, 0.5])
+def test_a_dev_split_has_its_exact_size_and_every_class_its_share(counts: list[int], fraction: float) -> None:
+    labels = labels_of(counts)
+    taken = np.bincount(labels[stratified_share(labels, fraction=fraction, name="set")], minlength=len(counts))
+    most = np.array(counts) - 1
+    assert taken.sum() == min(max(1, round(sum(counts) * fraction)), most.sum())
+    assert (taken <= most).all()
+    if (np.array(counts) > 3).all():
+        assert np.abs(taken - np.array(counts) * fraction).max() < 1
+
+
+def test_what_cannot_be_divided_is_refused() -> None:
+    with pytest.raises(DataError, match="single image"):
+        stratified_share(np.arange(5), fraction=0.5, name="set")
+
+
+def test_a_dev_split_and_the_rest_are_the_training_split() -> None:
+    whole = open_source("digits", split="train", data=DataConfig(source="digits", image_size=(8, 8)))
+    data = DataConfig(source="digits", image_size=(8, 8), dev_fraction=0.1)
+    rest, dev = open_source("digits", split="train", data=data), open_source("digits", split="val", data=data)
+    assert isinstance(rest, SubsetSource) and isinstance(dev, SubsetSource)
+    assert len(dev) == 144 and not set(rest.keep) & set(dev.keep) and len(rest) + len(dev) == len(whole)
+    assert len({whole.fingerprint, rest.fingerprint, dev.fingerprint}) == 3
+    image, label = dev[3]
+    there, label_there = whole[int(dev.keep[3])]
+    assert np.array_equal(image, there) and label == label_there
+
+
+def test_a_dev_split_is_a_share_of_the_subset() -> None:
+    data = DataConfig(source="digits", image_size=(8, 8), dev_fraction=0.2, examples=1000)
+    rest, dev = open_source("digits", split="train", data=data), open_source("digits", split="val", data=data)
+    assert (len(rest), len(dev)) == (800, 200)
+    assert np.bincount(np.asarray(dev.labels)).tolist() == [20] * 10
+
+
+def test_computed_labels_give_their_last_rounds() -> None:
+    shapes = ShapesConfig(classes=4, train_examples=40)
+    data = DataConfig(source="shapes", image_size=(16, 16), shapes=shapes, dev_fraction=0.2)
+    rest, dev = open_source("shapes", split="train", data=data), open_source("shapes", split="val", data=data)
+    assert (len(rest), len(dev)) == (32, 8)
+    assert np.bincount([dev[i][1] for i in range(8)]).tolist() == [2] * 4

@@ -366,7 +366,7 @@ def foreign(tmp_path: Path) -> Path:
 def test_evaluating_a_foreign_file(foreign: Path) -> None:
     fails_with(vit("eval", "--ckpt", str(foreign), cwd=foreign.parent), "--dataset")
     said = succeeds(vit("eval", "--ckpt", str(foreign), "--dataset", "digits", cwd=foreign.parent))
-    assert "does not name its 10 classes; taken as digits's, in its order" in said
+    assert "does not name its 10 classes; taken as digits's, by their numbers" in said
     fails_with(
         vit("eval", "--ckpt", str(foreign), "--dataset", "shapes", cwd=foreign.parent), "has 10 classes and does not name"
     )

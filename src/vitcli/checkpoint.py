@@ -44,6 +44,7 @@ __all__ = [
 
 LAYOUT = 1  # raised when a reader of today could not understand the files any more
 MODEL, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
+SUMMARY = "summary.json"  # of a finished run, beside the checkpoints
 # what every manifest says; no source: converted from a file that does not say what it was trained on
 PORTABLE: dict[str, type | UnionType] = {
     "model": dict,
@@ -449,7 +450,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def load_weights_file(path: Path, *, say: Callable[[str], None] | None = None) -> Pretrained:
     """Read weights and what they are from a run directory, a checkpoint directory or a .safetensors file.
 
-    A run directory gives its newest sound checkpoint; a checkpoint gives its averaged (EMA) weights where it has them.
+    A finished run gives the weights its summary is about, which early stopping may have gone back to; any other run its newest
+    sound checkpoint. A checkpoint gives its averaged (EMA) weights where it has them.
 
     Raises:
         CheckpointError: `path` is none of the three, or damaged.
@@ -459,7 +461,7 @@ def load_weights_file(path: Path, *, say: Callable[[str], None] | None = None) -
             f"{path}: no such file or directory; expected a run directory, a checkpoint or a .safetensors file"
         )
     if (path / "checkpoints").is_dir():
-        with newest_sound(path, say=say) as latest:
+        with newest_sound(path, up_to=finished_step(path), say=say) as latest:
             if latest is None:
                 raise CheckpointError(f"{path}: this run has no sound checkpoint yet; train it longer, or give another path")
             return from_checkpoint(latest, read_manifest(latest / MANIFEST))
@@ -469,6 +471,17 @@ def load_weights_file(path: Path, *, say: Callable[[str], None] | None = None) -
                 return from_checkpoint(path, verify_checkpoint(path))
         raise CheckpointError(f"{path}: neither a run directory (no checkpoints/ in it) nor a checkpoint (no {MODEL} in it)")
     return from_file(path)
+
+
+def finished_step(run_dir: Path) -> int | None:
+    """Return the step whose weights a finished run ended with; None where it does not say."""
+    try:
+        plain_size(run_dir / SUMMARY, most=MOST_MANIFEST_BYTES)
+        summary = json.loads((run_dir / SUMMARY).read_bytes())
+    except (CheckpointError, OSError, ValueError, RecursionError):  # unfinished, or damaged: then the newest
+        return None
+    step = summary.get("step") if isinstance(summary, dict) else None
+    return step if is_count(step) else None
 
 
 def from_checkpoint(path: Path, manifest: Mapping[str, Any]) -> Pretrained:

@@ -14,6 +14,9 @@ from vitcli.cli_data import data_app
 from vitcli.cli_eval import evaluate
 from vitcli.cli_models import models
 from vitcli.cli_options import Ckpt, DataRoot, Debug, Overrides, as_overrides, say
+from vitcli.cli_predict import predict
+from vitcli.cli_report import compare, report
+from vitcli.cli_sweep import sweep
 from vitcli.errors import Interrupted, UserError
 from vitcli.interrupts import StopSignals
 
@@ -139,7 +142,13 @@ def convert(
     run(path_in, path_out, to=None if to is None else to.value, image_size=size, tolerance=tolerance, say=say)
 
 
+app.command(epilog="Example: vit sweep --ckpt runs/jft-like --dataset cifar10 --from-scratch train.steps=400")(sweep)
+
+
 app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")(evaluate)
+app.command(epilog="Example: vit predict --ckpt runs/photos inbox/ --top 3 --json")(predict)
+app.command(epilog="Example: vit report runs/jft-like-digits")(report)
+app.command(epilog="Example: vit compare runs/jft-like-digits runs/jft-like-digits-scratch --out comparison")(compare)
 
 
 app.command(epilog="Example: vit models B/16 R50+B/16 R50x1 --image-size 384")(models)

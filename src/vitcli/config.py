@@ -10,12 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vitcli.model_config import ModelConfig
-from vitcli.section import Count, Fraction, ImageSize, Length, PositiveInt, Section, machine
+from vitcli.section import Count, Fraction, ImageSize, Length, Patterns, PositiveInt, Section, machine
 
 __all__ = [
     "AugmentConfig",
     "Config",
     "DataConfig",
+    "FewshotConfig",
     "LogConfig",
     "MixPart",
     "ModelConfig",
@@ -73,6 +74,10 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="held out where a source has no val or test split"
     )
+    dev_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="development split: train on the rest of the training split and evaluate on this share of it",
+    )
     mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="subtracted from pixels in [0, 1]")
     std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="then divided by; .5/.5 gives [-1, 1] as the paper")
     eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -125,6 +130,9 @@ class OptimConfig(Section):
         0.0, description="on kernels only; torch's convention, multiplied by lr"
     )
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null for none")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="learning rate of each layer relative to the one above it, from the head down; 1 for equal ones"
+    )
 
 
 class TrainConfig(Section):
@@ -149,6 +157,16 @@ class TrainConfig(Section):
         None, description="evaluate averaged weights; 0.9999 in the paper"
     )
     freeze_backbone: bool = Field(False, description="train the head alone (linear probe)")
+    freeze: Patterns = Field(
+        (), description="parameters to leave as they are, by patterns of their names, such as [patch_embed.*, 'blocks.[0-3].*']"
+    )
+    head_first_steps: Count = Field(
+        0, description="train the head alone for so many of the steps, then everything, with a schedule for each part"
+    )
+    early_stop_evals: PositiveInt | None = Field(
+        None,
+        description="end after so many evaluations clearly below the best, by log.best_metric; the result is the best one",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
     precision: Literal["auto", "float32", "bf16", "fp16"] = Field(
         "auto", description="auto takes bf16 where it is faster on this device; fp16 scales the loss as needed"
@@ -168,6 +186,16 @@ class TrainConfig(Section):
         3, description="steps in a row without finite loss and gradient that go back to a checkpoint"
     )
     max_rollbacks: Count = Field(3, description="how often a run may go back before it gives up")
+
+
+class FewshotConfig(Section):
+    """Few-shot probes of a model while it trains (`probes.probe_live`): whether its features become more useful elsewhere."""
+
+    datasets: list[str] = machine([], "data sets to probe on, such as cifar10 or folder:PATH; empty for no probes")
+    shots: list[PositiveInt] = machine([5, 10], "images per class to learn from", min_length=1)
+    every_steps: PositiveInt | None = machine(None, "null probes whenever the run is evaluated; always also at the end")
+    seeds: PositiveInt = machine(3, "draws of the shots; accuracies are their mean")
+    l2: Annotated[float, Field(gt=0)] = machine(1024.0, "regularisation of the least squares; 2^10 in the paper's code")
 
 
 class LogConfig(Section):
@@ -197,4 +225,5 @@ class Config(Section):
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    fewshot: FewshotConfig = Field(default_factory=FewshotConfig)
     log: LogConfig = Field(default_factory=LogConfig)

@@ -335,10 +335,14 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("data.std", f"is {list(data.std)}; every number must be above 0")
     if train.freeze_backbone and train.ema_decay is not None:
         fail("train.ema_decay", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
+    if train.freeze_backbone and (train.freeze or train.head_first_steps):
+        fail("train.freeze_backbone", "trains the head alone to the end; drop it, or train.freeze and train.head_first_steps")
     if (data.source == "mix") != (data.mix is not None):
         fail("data.mix", "and data.source: mix go together; give both or neither")
     if data.mix is not None and (any(part.source == "mix" for part in data.mix) or not data.mix):
         fail("data.mix", "needs one part or more, each a source of its own and none of them a mix")
+    if data.dev_fraction is not None and data.val_source is not None:
+        fail("data.dev_fraction", "evaluates on a share of the training split, and data.val_source on another source; drop one")
     if data.val_source == "mix" and data.source != "mix":
         fail("data.val_source", "is mix, but data.source is not; name a single source")
     if "shapes" in (data.source, data.val_source) and not all(16 <= side <= 512 for side in data.image_size):

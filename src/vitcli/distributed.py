@@ -8,7 +8,7 @@ the CPU group, never through the GPU's stream. States leave and enter as plain w
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -121,6 +121,21 @@ class Ranks:
         while not self.store.check([key]):
             time.sleep(0.1)
 
+    def on_main(self, do: Callable[[], Value]) -> Value:
+        """Return on every rank what `do` returns on the main one, or raise the UserError it raises, however long that takes."""
+        done: list[Value] = []
+        problem = problem_of(lambda: done.append(do())) if self.main else None
+        self.wait_for_main()
+        self.agree(problem)
+        return self.broadcast(done[0] if self.main else cast(Value, None))
+
+    def main_first(self, do: Callable[[], Value]) -> Value:
+        """Do the same on every rank, on the main one first: it may have to download, decode or index; raise what any meets."""
+        done: list[Value] = []
+        self.on_main(lambda: done.append(do()))
+        self.agree(None if self.main else problem_of(lambda: done.append(do())))
+        return done[0]
+
     def agree(self, problem: UserError | Interrupted | None) -> None:
         """Raise on every rank if there is a problem on any: the first rank's, with its number.
 
@@ -136,6 +151,15 @@ class Ranks:
         error = kind(first) if issubclass(kind, Interrupted) else kind(f"rank {rank} of {self.ranks}: {text}")
         error.add_note(AGREED)
         raise error
+
+
+def problem_of(do: Callable[[], object]) -> UserError | None:
+    """Return the error that a user can mend, if one is raised."""
+    try:
+        do()
+    except UserError as error:
+        return error
+    return None
 
 
 SOLO = Ranks(0, 1, 0)

@@ -23,7 +23,7 @@ from vitcli.distributed import SOLO, Ranks
 from vitcli.errors import DataError
 from vitcli.forward import source_answers
 
-__all__ = ["EvalResult", "evaluate", "evaluate_source", "map_classes"]
+__all__ = ["EvalResult", "Judged", "Tally", "evaluate", "evaluate_source", "judge", "map_classes"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,85 @@ class EvalResult:
         }
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A batch's answers held against its labels, on the model's device."""
+
+    labels: Tensor  # (b,) int64 the model's class numbers
+    logits: Tensor  # (b, K) float64
+    ranks: Tensor  # (b,) int64 classes ahead of the label: 0 is right; K and more where logits are not numbers
+    losses: Tensor  # (b,) float64
+
+
+def judge(
+    labels: Tensor, answered: Tensor, *, num_classes: int, loss: Literal["softmax", "sigmoid"], class_map: Tensor | None
+) -> Judged:
+    """Hold logits (b, K) against labels int64 (b,); arguments as of `evaluate`.
+
+    Raises:
+        DataError: a label is not one of the model's classes.
+    """
+    device = answered.device
+    labels = target_labels(labels, num_classes=num_classes, class_map=class_map).to(device)  # (b,)
+    logits = answered.double()  # (b, K)
+    own = logits.gather(1, labels[:, None])  # (b, 1)
+    # The rank of the label among all classes; a tie goes to the lower class number, as argmax does, so a head
+    # of zeros scores what chance scores. Logits that are not numbers are never right.
+    ahead = (logits > own) | ((logits == own) & (torch.arange(num_classes, device=device) < labels[:, None]))
+    rank = ahead.sum(1) + num_classes * logits.isnan().any(1)  # (b,)
+    if loss == "softmax":
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    else:
+        targets = F.one_hot(labels, num_classes).double()
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
+    return Judged(labels, logits, rank, losses)
+
+
+class Tally:
+    """Counts what was judged, batch by batch, and adds up what all ranks counted."""
+
+    def __init__(self, *, num_classes: int, device: torch.device) -> None:
+        self.top = min(5, num_classes)
+        self.hits = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,) right at the first guess
+        self.hits_top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,)
+        self.losses: list[Tensor] = []  # 0-d float64, one per batch
+        self.started = time.perf_counter()
+
+    def add(self, judged: Judged) -> None:
+        """Count a batch."""
+        self.hits.index_add_(0, judged.labels, (judged.ranks == 0).long())
+        self.hits_top5 += (judged.ranks < self.top).sum()
+        self.counts.index_add_(0, judged.labels, torch.ones_like(judged.labels))
+        self.losses.append(judged.losses.sum())
+
+    def result(self, ranks: Ranks) -> EvalResult:
+        """Return the result of all ranks.
+
+        Raises:
+            DataError: there were no examples.
+        """
+        for counted in (self.hits, self.hits_top5, self.counts):
+            ranks.sum_(counted)
+        per_rank = ranks.gather(torch.stack(self.losses).tolist() if self.losses else [])
+        per_class_correct, per_class_examples = self.hits.tolist(), self.counts.tolist()
+        examples, correct, correct_top5 = sum(per_class_examples), sum(per_class_correct), int(self.hits_top5)
+        if examples == 0:
+            raise DataError("evaluation: the split has no examples; expected at least one")
+        return EvalResult(
+            top1=correct / examples,
+            top5=correct_top5 / examples,
+            loss=math.fsum(chain.from_iterable(per_rank)) / examples,
+            correct=correct,
+            correct_top5=correct_top5,
+            examples=examples,
+            per_class=[right / count if count else None for right, count in zip(per_class_correct, per_class_examples)],
+            per_class_correct=per_class_correct,
+            per_class_examples=per_class_examples,
+            seconds=time.perf_counter() - self.started,
+        )
+
+
 def evaluate(
     batches: Iterable[tuple[Mapping[str, Tensor], Tensor]],
     *,
@@ -94,48 +173,10 @@ def evaluate(
         DataError: there are no examples, or a label is not one of the model's classes.
         UserError, Interrupted: what making a batch raised.
     """
-    top = min(5, num_classes)
-    numbers = torch.arange(num_classes, device=device)
-    hits = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,) right at the first guess
-    hits_top5 = torch.zeros((), dtype=torch.int64, device=device)
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=device)  # (K,)
-    losses: list[Tensor] = []  # 0-d float64, one per batch
-    started = time.perf_counter()
+    tally = Tally(num_classes=num_classes, device=device)
     for batch, answered in batches:
-        labels = target_labels(batch["labels"], num_classes=num_classes, class_map=class_map).to(device)  # (b,)
-        logits = answered.double()  # (b, K)
-        own = logits.gather(1, labels[:, None])  # (b, 1)
-        # The rank of the label among all classes; a tie goes to the lower class number, as argmax does, so a head
-        # of zeros scores what chance scores. Logits that are not numbers are never right.
-        ahead = (logits > own) | ((logits == own) & (numbers < labels[:, None]))
-        rank = ahead.sum(1) + num_classes * logits.isnan().any(1)  # (b,)
-        hits.index_add_(0, labels, (rank == 0).long())
-        hits_top5 += (rank < top).sum()
-        counts.index_add_(0, labels, torch.ones_like(labels))
-        if loss == "softmax":
-            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-        else:
-            targets = F.one_hot(labels, num_classes).double()
-            losses.append(F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"))
-    for counted in (hits, hits_top5, counts):
-        ranks.sum_(counted)
-    per_rank = ranks.gather(torch.stack(losses).tolist() if losses else [])
-    per_class_correct, per_class_examples = hits.tolist(), counts.tolist()
-    examples, correct, correct_top5 = sum(per_class_examples), sum(per_class_correct), int(hits_top5)
-    if examples == 0:
-        raise DataError("evaluation: the split has no examples; expected at least one")
-    return EvalResult(
-        top1=correct / examples,
-        top5=correct_top5 / examples,
-        loss=math.fsum(chain.from_iterable(per_rank)) / examples,
-        correct=correct,
-        correct_top5=correct_top5,
-        examples=examples,
-        per_class=[right / count if count else None for right, count in zip(per_class_correct, per_class_examples)],
-        per_class_correct=per_class_correct,
-        per_class_examples=per_class_examples,
-        seconds=time.perf_counter() - started,
-    )
+        tally.add(judge(batch["labels"], answered, num_classes=num_classes, loss=loss, class_map=class_map))
+    return tally.result(ranks)
 
 
 def evaluate_source(

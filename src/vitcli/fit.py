@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcli.checkpoint import latest_checkpoint, load_checkpoint, step_of
+from vitcli.checkpoint import EMA, MODEL, latest_checkpoint, load_checkpoint, step_of
 from vitcli.config import Config
 from vitcli.config_file import flatten
 from vitcli.data.loader import Batch, train_batches
@@ -26,15 +26,19 @@ from vitcli.data.sampler import build_order
 from vitcli.data.transforms import TrainTransform
 from vitcli.device import AUTOCAST
 from vitcli.distributed import SOLO, Engine, Ranks, States, is_agreed
+from vitcli.ending import is_stalled, return_to_best, scores_of
 from vitcli.errors import DataError, Interrupted, UserError
-from vitcli.evaluate import EvalResult, evaluate_source
+from vitcli.evaluate import EvalResult
 from vitcli.interrupts import StopSignals
 from vitcli.lanes import Lanes
 from vitcli.logs import RunLog
 from vitcli.models import build_model
-from vitcli.optim import build_optimizer, ema_start, weight_norm
-from vitcli.plan import Plan, count_lanes, lr_of_step
+from vitcli.optim import build_optimizer, ema_start, trained_names, weight_norm
+from vitcli.plan import Plan, count_lanes, head_alone, lr_of_step
+from vitcli.predictions import VAL_PREDICTIONS, Predictions, collect_source, save_predictions
 from vitcli.pretrained import Pretrained
+from vitcli.probe_sets import ProbeSet
+from vitcli.probes import open_probe_sets, probe_live
 from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Streak, add_rollback, data_step, read_rollbacks
 from vitcli.retention import Keep, discard_after
@@ -44,11 +48,25 @@ from vitcli.tuning import Choice
 from vitcli.watch import NotFinite, Watch
 from vitcli.weights import load_start
 
-__all__ = ["Job", "class_weights_of", "fit", "preprocessing_of"]
+__all__ = ["Finished", "Job", "class_weights_of", "fit", "preprocessing_of"]
+
+Say = Callable[[str], None]
+Judgement = tuple[EvalResult, Predictions]
 
 
 # what, beside the source's name, says which images an evaluation of this run is about
-DATA_IDENTITY = ("shapes", "val_fraction", "val_source", "mix", "mix_classes", "label_key")
+DATA_IDENTITY = ("shapes", "val_fraction", "val_source", "mix", "mix_classes", "label_key", "dev_fraction")
+DEV_IDENTITY = ("examples", "subset_seed")  # and of which part of the training split a development split is a share
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came out of a run."""
+
+    result: EvalResult
+    step: int  # whose weights these are: the last one, or with early stopping the best
+    trained_steps: int
+    train_seconds: float
 
 
 @dataclass(frozen=True)
@@ -65,8 +83,8 @@ class Job:
     tuning: Choice | None = None  # what was measured to settle the config, if anything was
 
 
-def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[EvalResult, float]:
-    """Train to the last step and return the final evaluation and the seconds spent training.
+def fit(job: Job, *, stop: StopSignals, say: Say) -> Finished:
+    """Train to the end and return the evaluation of the weights that the run ends with.
 
     Raises:
         Interrupted: a signal arrived; the checkpoint of the last whole step is on disk.
@@ -74,7 +92,9 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
     """
     while True:
         try:
-            return train_on(job, stop=stop, say=say)
+            finished = train_on(job, stop=stop, say=say)
+            if finished is not None:
+                return finished
         except NotFinite as found:  # a run that goes back is one that is resumed: everything is built anew, from the disk
             roll_back(job, found, say=say)
         except RuntimeError as error:
@@ -92,15 +112,19 @@ def fit(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[Eva
             ) from error
 
 
-def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tuple[EvalResult, float]:
-    """Do as `fit`, from where the run directory is; raise NotFinite when too many steps in a row could not be applied."""
+def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
+    """Do as `fit`, from where the run directory is; raise NotFinite when too many steps in a row could not be applied.
+
+    None where the head has learned alone so far: for the rest everything is built anew, as for a run that is resumed.
+    """
     config, train, every, ranks = job.config, job.config.train, job.config.log, job.ranks
     assert config.out and train.steps and train.micro_batch_size
     assert every.log_every_steps and every.eval_every_steps and every.checkpoint_every_steps
     rollbacks = ranks.broadcast(read_rollbacks(config.out) if ranks.main else [])
+    probe_sets = open_probe_sets(config, ranks=ranks)
     state, engine, streak = start_state(job, say=say)
     log = RunLog(config.out, start_step=state.step, total_steps=train.steps, batch_size=train.batch_size, writes=ranks.main)
-    evaluated = ranks.broadcast(set(log.evals))
+    evaluated, probed = ranks.broadcast((set(log.evals), log.probed))
     warn_once = cache(log.message)  # every evaluation meets the same bad images
     micro_batches = train_batches(
         job.train_source,
@@ -133,18 +157,25 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
         rank=ranks.rank,
         say=log.message,
     )
-    keep = Keep(every.keep_checkpoints, every.keep_best, every.best_metric != "loss", every.keep_every_steps)
+    best = every.keep_best if train.early_stop_evals is None else max(1, every.keep_best)
+    keep = Keep(every.keep_checkpoints, best, every_steps=every.keep_every_steps)
     saver = AsyncSaver(config.out / "checkpoints", keep=keep, say=log.message)
+    evaluate = partial(evaluate_now, state, job, engine, log, stop, warn=warn_once)
     with stop.deferred(), log, closing(micro_batches), saver:
         try:
             while True:
+                judged: Judgement | None = None  # of the weights as they are
                 last = state.step == train.steps
-                if last or (state.step > 0 and state.step % every.eval_every_steps == 0 and state.step not in evaluated):
-                    result = evaluate_now(state, job, engine, log, stop, warn=warn_once)
+                due = state.step > 0 and state.step % every.eval_every_steps == 0
+                if (due or last) and state.step not in evaluated:
+                    judged = evaluate()
                     evaluated.add(state.step)
-                if last:
-                    log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
-                    return result, log.train_seconds
+                due_probe = state.step > 0 and state.step % (config.fewshot.every_steps or every.eval_every_steps) == 0
+                if probe_sets and (due_probe or last) and state.step not in probed:
+                    probe_now(probe_sets, state, job, engine, log, stop, warn=warn_once)
+                    probed.add(state.step)
+                if last or (due and ranks.broadcast(is_stalled(config, log.evals, examples=job.plan.val_examples))):
+                    return finish(state, job, engine, log, judged, evaluate, say=log.message)
                 parts = next_parts(micro_batches, micro_per_step, stop=stop, ranks=ranks)
                 outcome = train_step(
                     state,
@@ -162,12 +193,15 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
                 watch.add(state.step - 1, outcome, parts)
                 saver.check()
                 save_now = state.step % every.checkpoint_every_steps == 0 or state.step == train.steps
-                save_now |= every.keep_best > 0 and state.step % every.eval_every_steps == 0
+                save_now |= best > 0 and state.step % every.eval_every_steps == 0
+                save_now |= state.step == train.head_first_steps
                 if save_now or state.step % every.log_every_steps == 0:
                     watch.settle()
                     write_row(state, job, log, sums, outcome.gradient_norm)
                 if save_now:
                     save(state, job, engine, saver, watch, log)
+                if state.step == train.head_first_steps:
+                    return None
         except (Interrupted, DataError) as error:
             if ranks.ranks > 1 and not is_agreed(error):  # the others are in the middle of something
                 raise
@@ -181,6 +215,31 @@ def train_on(job: Job, *, stop: StopSignals, say: Callable[[str], None]) -> tupl
             else:
                 say("stopped before the first step; there was nothing to save")
             raise
+
+
+def finish(
+    state: State,
+    job: Job,
+    engine: Engine,
+    log: RunLog,
+    judged: Judgement | None,
+    evaluate: Callable[[], Judgement],
+    *,
+    say: Say,
+) -> Finished:
+    """Settle which weights the run ends with, and return what they are worth.
+
+    Args:
+        judged: the evaluation of the weights as they are, where that was just made.
+    """
+    config, trained_steps = job.config, state.step
+    if config.train.early_stop_evals is not None:
+        moved = return_to_best(state, engine, config, log.evals, examples=job.plan.val_examples, say=say)
+        judged = None if moved else judged
+    result, predictions = judged or evaluate()
+    store_predictions(job, predictions, step=state.step)
+    log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
+    return Finished(result, state.step, trained_steps, log.train_seconds)
 
 
 def next_parts(micro_batches: Iterator[Batch], count: int, *, stop: StopSignals, ranks: Ranks) -> list[Batch]:
@@ -232,11 +291,13 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
     model = build_model(config.model, image_size=config.data.image_size, num_classes=job.plan.num_classes)
     # Start precedence: this run's own checkpoint, then --ckpt, then scratch.
     resume_from = latest_checkpoint(config.out, say=say) if ranks.main else None
-    if job.start is not None and not ranks.broadcast(resume_from is not None):
+    step = ranks.broadcast(0 if resume_from is None else step_of(resume_from))
+    if job.start is not None and step == 0:
         say(f"weights from {job.start.source_path}: {load_start(model, job.start).summary()}")
-    if config.train.freeze_backbone:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("head."))
+    names = [name for name, _ in model.named_parameters()]
+    learning = set(trained_names(names, head_alone=head_alone(config, step), frozen=config.train.freeze))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
     engine = Engine(
         model,
         blocks=model.units(),
@@ -250,14 +311,15 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
     )
     optimizer = build_optimizer(config.optim, model)
     ema = ema_start(model) if config.train.ema_decay is not None else None
-    step, extra = 0, {}
     saved = None if resume_from is None else load_checkpoint(resume_from)
-    if saved is not None:
-        step, extra = saved.step, saved.extra
-        say(f"resuming {config.out} from step {step:,}")
-    step, extra = ranks.broadcast((step, extra))
+    extra = ranks.broadcast({} if saved is None else saved.extra)
     if step > 0:
-        states = None if saved is None else States(saved.model_state, saved.optimizer_state, saved.ema_state)
+        joining = step == config.train.head_first_steps  # what learns from here on: with an optimiser that knows nothing yet
+        say(f"from step {step:,} on everything is trained" if joining else f"resuming {config.out} from step {step:,}")
+        states = None
+        if saved is not None:
+            optimizer_state = optimizer.state_dict() if joining else saved.optimizer_state
+            states = States(saved.model_state, optimizer_state, saved.ema_state)
         engine.load_states(states, optimizer, ema)
     scale = LossScale.from_dict(extra.get("loss_scale")) if config.train.precision == "fp16" else None
     at_once = config.train.micro_batch_size
@@ -287,12 +349,13 @@ def write_row(state: State, job: Job, log: RunLog, sums: Tensor, gradient_norm: 
 def save(state: State, job: Job, engine: Engine, saver: AsyncSaver, watch: Watch, log: RunLog) -> None:
     """Begin to write a checkpoint of the state; those that need not stay are deleted after it."""
     config = job.config
+    identity = set(DATA_IDENTITY) | (set() if config.data.dev_fraction is None else set(DEV_IDENTITY))
     manifest = {
         "model": config.model.model_dump(mode="json"),
         "classes": list(job.train_source.classes),
         "preprocessing": preprocessing_of(config),
         "source": config.data.source,
-        "data": config.data.model_dump(mode="json", include=set(DATA_IDENTITY)),
+        "data": config.data.model_dump(mode="json", include=identity),
         "train": config.train.model_dump(mode="json", include={"loss", "precision"}),
         "seed": config.seed,
     }
@@ -312,7 +375,7 @@ def save(state: State, job: Job, engine: Engine, saver: AsyncSaver, watch: Watch
             optimizer_state=states.optimizer,
             manifest=manifest,
             extra=extra,
-            scores={step: row[config.log.best_metric] for step, row in log.evals.items()},
+            scores=scores_of(config, log.evals, examples=job.plan.val_examples),
             also_keep={(streak.first_step if streak.length else state.step) // every * every},  # where a rollback would go
             owned=engine.in_step,  # put together for us
         )
@@ -320,12 +383,12 @@ def save(state: State, job: Job, engine: Engine, saver: AsyncSaver, watch: Watch
 
 def evaluate_now(
     state: State, job: Job, engine: Engine, log: RunLog, stop: StopSignals, *, warn: Callable[[str], object]
-) -> EvalResult:
-    """Evaluate the weights, averaged ones where there are any, and log the result."""
+) -> Judgement:
+    """Evaluate the weights, averaged ones where there are any, and log the result; return the answers too."""
     batch_size = job.config.train.eval_batch_size
     assert batch_size is not None
     with log.paused(), engine.averaged(state.ema) as judged:
-        result = evaluate_source(
+        result, predictions = collect_source(
             judged,
             job.val_source,
             job.config,
@@ -339,7 +402,53 @@ def evaluate_now(
             flops_per_image=job.plan.flops_per_image,
         )
     log.eval_row(state.step, {"loss": result.loss, "top1": result.top1, "top5": result.top5, "seconds": result.seconds})
-    return result
+    return result, predictions
+
+
+def probe_now(
+    sets: list[ProbeSet],
+    state: State,
+    job: Job,
+    engine: Engine,
+    log: RunLog,
+    stop: StopSignals,
+    *,
+    warn: Callable[[str], object],
+) -> None:
+    """Probe the features, of averaged weights where there are any, and log the accuracies."""
+    batch_size = job.config.train.eval_batch_size
+    assert batch_size is not None
+    with log.paused(), engine.averaged(state.ema) as judged:
+        accuracies = probe_live(
+            judged,
+            sets,
+            job.config,
+            device=job.plan.device,
+            batch_size=batch_size,
+            warn=warn,
+            check=stop.check,
+            flops_per_image=job.plan.flops_per_image,
+            ranks=job.ranks,
+        )
+    log.fewshot_row(state.step, accuracies)
+
+
+def store_predictions(job: Job, predictions: Predictions, *, step: int) -> None:
+    """Write the answers of the weights of `step` to every evaluation image into the run directory."""
+    if not job.ranks.main:
+        return
+    config = job.config
+    assert config.out is not None
+    weights = EMA if config.train.ema_decay is not None else MODEL
+    about = {
+        "dataset": config.data.val_source or config.data.source,
+        "fingerprint": job.val_source.fingerprint,
+        "classes": list(job.train_source.classes),
+        "checkpoint": f"checkpoints/step_{step:08d}/{weights}",
+        "step": step,
+        "loss": config.train.loss,
+    }
+    save_predictions(config.out / VAL_PREDICTIONS, predictions, about=about)
 
 
 # ---------------------------------------------------------------- class weights

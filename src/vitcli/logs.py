@@ -70,6 +70,7 @@ class RunLog:
                 f"{self.metrics_path}: cannot be written ({error.strerror}); choose another run directory"
             ) from error
         self.evals = {row["step"]: row for row in rows if row["kind"] == "eval"}
+        self.probed = {row["step"] for row in rows if row["kind"] == "fewshot"}
         self.train_seconds = sum(row.get("seconds", 0.0) for row in rows if row["kind"] == "train")  # of the whole run
         self.row_step = start_step  # the last row's
         self.window_start = time.monotonic()
@@ -141,6 +142,14 @@ class RunLog:
     def has_eval(self, step: int) -> bool:
         """Tell whether an evaluation after `step` updates is in the log, from before a resume or from now."""
         return step in self.evals
+
+    def fewshot_row(self, step: int, accuracies: Mapping[str, float]) -> None:
+        """Log few-shot probes after `step` updates: accuracies in [0, 1] by "<data set>/<shots>shot"."""
+        with self.paused():
+            self.write_row("fewshot", step, accuracies)
+        self.probed.add(step)
+        shown = [f"{name.replace('/', ' ')} {100 * accuracy:.2f} %" for name, accuracy in accuracies.items()]
+        self.message(f"few-shot step {step}/{self.total_steps}: {', '.join(shown)}")
 
     def images(self, step: int, tag: str, images: "Tensor") -> None:
         """Put uint8 images (n, 3, H, W) into TensorBoard as one grid."""

@@ -27,7 +27,7 @@ from vitcli.weights import load_weights
 from vitcli.weights.load import section_of
 from vitcli.weights.open import open_weights
 
-__all__ = ["Images", "OpenedModel", "flops_of", "open_images", "open_model", "open_split"]
+__all__ = ["Images", "OpenedModel", "flops_of", "match_classes", "open_images", "open_model", "open_split", "settle_workers"]
 
 Say = Callable[[str], None]
 
@@ -80,7 +80,8 @@ def open_model(
         "source": dataset or str(pretrained.manifest["source"]),
     }
     if dataset is not None:
-        data_settings |= {"val_source": None} | ({} if dataset == "mix" else {"mix": None})
+        data_settings |= {"val_source": None, "dev_fraction": None, "examples": None}
+        data_settings |= {} if dataset == "mix" else {"mix": None}
     base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest.get("train", {})}}
     config, _ = read_config(None, list(overrides), base=base, base_name=str(ckpt))
     device = choose_device("auto")
@@ -100,19 +101,31 @@ def open_images(opened: OpenedModel, *, say: Say) -> tuple[OpenedModel, Images]:
     Raises:
         DataError: the data set is missing, or has classes that the model does not know.
     """
-    config, pretrained, ckpt = opened.config, opened.pretrained, opened.ckpt
     opened, source = open_split(opened, "val")
+    return opened, match_classes(opened, source, say=say)
+
+
+def match_classes(opened: OpenedModel, source: Source, *, say: Say) -> Images:
+    """Match a source's classes with the model's outputs by name; where these have none, by number or by order.
+
+    Raises:
+        DataError: the source has classes that the model does not know.
+    """
+    config, pretrained, ckpt = opened.config, opened.pretrained, opened.ckpt
     classes = pretrained.classes
-    if not pretrained.named:
+    unnamed = f"{ckpt}: the file does not name its {len(classes):,} classes"
+    if not pretrained.named and set(source.classes) == set(classes):  # folders "0", "1", "10", ... are numbers
+        say(f"{unnamed}; taken as {config.data.source}'s, by their numbers")
+    elif not pretrained.named:
         classes = list(source.classes)
         if len(classes) != len(pretrained.classes):
             raise DataError(
                 f"{config.data.source} for {ckpt}: the file has {len(pretrained.classes):,} classes and does not name them; "
                 f"this data set has {len(classes):,}: evaluate on the data it was trained on, or fine-tune it on this first"
             )
-        say(f"{ckpt}: the file does not name its {len(classes):,} classes; taken as {config.data.source}'s, in its order")
+        say(f"{unnamed}; taken as {config.data.source}'s, in its order")
     class_map = map_classes(classes, source.classes, f"{config.data.source} for {ckpt}")
-    return opened, Images(source, classes, class_map)
+    return Images(source, classes, class_map)
 
 
 def open_split(opened: OpenedModel, split: Split) -> tuple[OpenedModel, Source]:
@@ -120,9 +133,15 @@ def open_split(opened: OpenedModel, split: Split) -> tuple[OpenedModel, Source]:
     data = opened.config.data
     spec = data.val_source or data.source if split == "val" else data.source
     source = open_source(spec, split=split, data=data)
+    return settle_workers(opened, source), source
+
+
+def settle_workers(opened: OpenedModel, source: Source) -> OpenedModel:
+    """Settle the number of loader processes for a source."""
+    data = opened.config.data
     workers = data.workers if data.workers is not None else choose_workers(source, opened.device.type)
     config = opened.config.model_copy(update={"data": data.model_copy(update={"workers": workers})})
-    return replace(opened, config=config), source
+    return replace(opened, config=config)
 
 
 def flops_of(pretrained: Pretrained, *, image_size: tuple[int, int]) -> int:

@@ -6,7 +6,9 @@ as in the authors' code. The element-wise ones are torch's fused ones: one pass 
 
 import inspect
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -23,37 +25,85 @@ __all__ = [
     "clip_gradients",
     "ema_start",
     "ema_update",
+    "layer_numbers",
     "lr_at",
     "param_groups",
+    "trained_names",
     "weight_norm",
 ]
 
-# ------------------------------------------------------------------------------------------------------------ optimisers
+EMBEDDINGS = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "stem.")  # a ResNet's root is its stem
+BLOCK = re.compile(r"(?:stages\.(\d+)\.)?blocks\.(\d+)\.")  # of a Transformer, or a residual unit of a ResNet
+
+# ------------------------------------------------------------------------------------------------- what learns, how fast
 
 
-def param_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters in two: kernels, which decay, and the rest, which do not.
+def trained_names(names: Iterable[str], *, head_alone: bool, frozen: Sequence[str]) -> list[str]:
+    """Return which of a model's parameters learn: those of the head, or all, without those that match a pattern.
+
+    Patterns are a shell's, for whole names: `blocks.[0-3].*`, `patch_embed.*`, `*norm*`.
+    """
+    learning = (name for name in names if name.startswith("head.") or not head_alone)
+    return [name for name in learning if not any(fnmatchcase(name, pattern) for pattern in frozen)]
+
+
+def layer_numbers(names: Iterable[str]) -> dict[str, int]:
+    """Return which layer each of a model's parameters belongs to, from the input on.
+
+    Embeddings are 0 (a hybrid's ResNet too, as it makes the patches), then come the blocks, the last one together with the norm
+    after it, and what else there is, the head, is the last; timm's `group_matcher`.
+    """
+    places: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        block = BLOCK.match(name)
+        if name.startswith(EMBEDDINGS):
+            places[name] = (0,)
+        elif block is not None:
+            places[name] = (1, int(block[1] or 0), int(block[2]))
+        else:
+            places[name] = (2,)
+    numbers = {place: number for number, place in enumerate(sorted(set(places.values())))}
+    head = numbers.get((2,), len(numbers))
+    return {name: head - 1 if name.startswith("norm.") else numbers[place] for name, place in places.items()}
+
+
+def param_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Split the trainable parameters in two: kernels, which decay, and the rest, which do not; and with layer decay by layer.
 
     Kernels are the weights of linear and convolution layers, here whatever is called `weight` and has more than one axis;
     biases, norms, class token and position embeddings are not (big_vision's mask `.*/kernel$`). Groups hold (name, parameter)
-    pairs in the model's order; empty groups are left out.
+    pairs in the model's order; empty groups are left out. With a `layer_decay` below 1 each group has an `lr_scale`, by which
+    to multiply the learning rate: 1 for the head, and that much less for every layer below (BEiT, 2106.08254).
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     kernels = {id(parameter) for name, parameter in trainable if name.endswith("weight") and parameter.ndim > 1}
     decayed = [pair for pair in trainable if id(pair[1]) in kernels]
     others = [pair for pair in trainable if id(pair[1]) not in kernels]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if layer_decay != 1.0:
+        layers = layer_numbers(name for name, _ in model.named_parameters())  # frozen ones count
+        last = max(layers.values())
+        groups = [
+            {**group, "params": pairs, "lr_scale": layer_decay ** (last - layer)}
+            for group in groups
+            for layer in range(last + 1)
+            if (pairs := [pair for pair in group["params"] if layers[pair[0]] == layer])
+        ]
     return [group for group in groups if group["params"]]
+
+
+# ------------------------------------------------------------------------------------------------------------ optimisers
 
 
 def build_optimizer(section: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimiser a section describes over the model's trainable parameters, where they are now.
 
-    The learning rate in its groups is the peak; set `group["lr"] = lr_at(step, ...)` before every step. `adamw` decays by
-    lr * weight_decay (torch's convention; big_vision's number divided by its lr), and so does `muon`. `adam` and `sgd` add the
-    decay to the gradient. Its groups carry `param_names`, so a saved state says which parameter each entry belongs to.
+    The learning rate in its groups is the peak; set `group["lr"] = lr_at(step, ...)`, times the group's `lr_scale` where it has
+    one, before every step. `adamw` decays by lr * weight_decay (torch's convention; big_vision's number divided by its lr), and
+    so does `muon`. `adam` and `sgd` add the decay to the gradient. Its groups carry `param_names`, so a saved state says which
+    parameter each entry belongs to.
     """
-    groups = param_groups(model, weight_decay=section.weight_decay)
+    groups = param_groups(model, weight_decay=section.weight_decay, layer_decay=section.layer_decay)
     betas = (section.beta1, section.beta2)
     if section.name == "muon":
         groups = split_matrices(groups)

@@ -18,10 +18,10 @@ from vitcli.lanes import choose_lanes
 from vitcli.model_config import ModelConfig, resolve_model, stem_stride
 from vitcli.models import build_model
 from vitcli.models.flops import activation_bytes, forward_flops, training_flops
-from vitcli.optim import lr_at
+from vitcli.optim import lr_at, trained_names
 from vitcli.tuning import Choice, choose_settings, product_width, worth_measuring
 
-__all__ = ["Plan", "build_plan", "count_lanes", "describe", "lr_of_step", "resolve", "tune"]
+__all__ = ["Plan", "build_plan", "count_lanes", "describe", "head_alone", "lr_of_step", "resolve", "tune"]
 
 GIB = 2**30
 MICRO_BATCH_CAP = {"cpu": 128, "cuda": 1024}  # images; beyond it a step gains nothing and leaves the CPU's caches
@@ -36,6 +36,7 @@ class Plan:
     train_examples: int
     val_examples: int
     parameters: int
+    trained_parameters: int  # those that are not frozen to the end
     flops_per_image: int  # forward
     training_flops_per_image: int  # forward and backward
     memory_estimate_bytes: int  # of one device
@@ -44,16 +45,25 @@ class Plan:
     ranks: int
 
 
+def head_alone(config: Config, step: int) -> bool:
+    """Tell whether step 0, 1, ... trains nothing but the head."""
+    return config.train.freeze_backbone or step < config.train.head_first_steps
+
+
 def lr_of_step(config: Config, step: int) -> float:
-    """Return the learning rate of step 0, 1, ... of a resolved config."""
-    optim = config.optim
+    """Return the learning rate of step 0, 1, ... of a resolved config; where the head goes first, each part has a schedule."""
+    optim, head_first_steps = config.optim, config.train.head_first_steps
     assert config.train.steps is not None and optim.warmup_steps is not None
+    if step < head_first_steps:
+        total_steps, warmup_steps = head_first_steps, min(optim.warmup_steps, head_first_steps // 20)
+    else:
+        step, total_steps, warmup_steps = step - head_first_steps, config.train.steps - head_first_steps, optim.warmup_steps
     return lr_at(
         step,
         lr=optim.lr,
         end_lr=optim.end_lr,
-        total_steps=config.train.steps,
-        warmup_steps=optim.warmup_steps,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
         schedule=optim.schedule,
     )
 
@@ -69,13 +79,24 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
     else:
         assert train.epochs is not None
         steps = math.ceil(train.epochs * train_examples / train.batch_size)
-    warmup_steps = optim.warmup_steps if optim.warmup_steps is not None else min(10_000, steps // 20)
-    if warmup_steps >= steps:
-        raise ConfigError(f"optim.warmup_steps is {warmup_steps}, but the run has {steps} steps; make it shorter")
+    whole_model_steps = steps - train.head_first_steps
+    if whole_model_steps <= 0:
+        raise ConfigError(
+            f"train.head_first_steps is {train.head_first_steps}, but the run has {steps} steps; make it shorter, or set "
+            "train.freeze_backbone to train the head alone"
+        )
+    warmup_steps = optim.warmup_steps if optim.warmup_steps is not None else min(10_000, whole_model_steps // 20)
+    if warmup_steps >= whole_model_steps:
+        after = " after train.head_first_steps" if train.head_first_steps else ""
+        raise ConfigError(
+            f"optim.warmup_steps is {warmup_steps}, but the run has {whole_model_steps} steps{after}; make it shorter"
+        )
     alone = train.micro_batch_size or _micro_batch_size(config, device)
     micro = min(alone, math.ceil(train.batch_size / ranks))
-    # An image costs a third at evaluation of what it costs in training: ten evaluations, unless they would take over 15 %
-    evaluations = min(10, max(1, int(0.15 * 3 * steps * train.batch_size / val_examples)))
+    # An image costs a third at evaluation of what it costs in training: ten evaluations, or twenty for early stopping to go by,
+    # unless they would take over 15 %
+    most = 10 if train.early_stop_evals is None else 20
+    evaluations = min(most, max(1, int(0.15 * 3 * steps * train.batch_size / val_examples)))
     return config.model_copy(
         update={
             "model": model,
@@ -160,8 +181,8 @@ def build_plan(
     """Work out what a resolved config costs; builds the model without memory to count its parameters."""
     with torch.device("meta"):
         model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for n, p in model.named_parameters() if not config.train.freeze_backbone or n.startswith("head."))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    parameters, trained = sum(sizes.values()), sum(sizes[name] for name in checked_names(config, list(sizes)))
     moments = 1 if config.optim.name == "sgd" else 2
     copies = 1 + (config.train.ema_decay is not None)
     assert config.train.micro_batch_size is not None
@@ -175,20 +196,38 @@ def build_plan(
         memory_bytes=memory_bytes(device),
     )
     memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + activations
-    sizes: dict[str, Any] = {"image_size": config.data.image_size, "num_classes": num_classes}
+    shown: dict[str, Any] = {"image_size": config.data.image_size, "num_classes": num_classes}
     return Plan(
         config,
         num_classes,
         train_examples,
         val_examples,
         parameters,
-        forward_flops(config.model, **sizes),
-        training_flops(config.model, **sizes),
+        trained,
+        forward_flops(config.model, **shown),
+        training_flops(config.model, **shown),
         memory,
         device,
         parallel,
         ranks.ranks,
     )
+
+
+def checked_names(config: Config, names: list[str]) -> list[str]:
+    """Return which of a model's parameters a run trains.
+
+    Raises:
+        ConfigError: a pattern of `train.freeze` matches none of them, or nothing is left to train.
+    """
+    frozen, head_first = config.train.freeze, config.train.head_first_steps > 0
+    examples = f"parameters are called {names[0]}, {names[len(names) // 2]}, {names[-1]}"
+    for pattern in frozen:
+        if len(trained_names(names, head_alone=False, frozen=[pattern])) == len(names):
+            raise ConfigError(f"train.freeze: {pattern!r} matches no parameter of this model; {examples}")
+    if not trained_names(names, head_alone=config.train.freeze_backbone or head_first, frozen=frozen):
+        first = " in the first steps, which train the head alone" if head_first else ""
+        raise ConfigError(f"train.freeze: {list(frozen)} leaves nothing to train{first}; {examples}")
+    return trained_names(names, head_alone=config.train.freeze_backbone, frozen=frozen)
 
 
 def describe(plan: Plan) -> list[str]:
@@ -199,16 +238,22 @@ def describe(plan: Plan) -> list[str]:
     assert steps is not None and optim.warmup_steps is not None
     images = steps * batch
     work = images * plan.training_flops_per_image
-    points = sorted({0, optim.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1})
+    first = train.head_first_steps
+    points = sorted({0, first, first + optim.warmup_steps, steps // 4, steps // 2, 3 * steps // 4, steps - 1})
     curve = ", ".join(f"{step:,}: {lr_of_step(config, step):.2e}" for step in points)
     passes = images / plan.train_examples
+    trained = f", of which {plan.trained_parameters:,} are trained" if plan.trained_parameters < plan.parameters else ""
+    layers = f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else ""
+    patience = f"after {train.early_stop_evals} evaluations clearly below the best by {config.log.best_metric}"
     return [
         f"model       {describe_model(model, config.data.image_size)}, {plan.num_classes:,} classes",
-        f"parameters  {plan.parameters:,}",
+        f"parameters  {plan.parameters:,}{trained}",
         f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {work:.3g} in all",
         f"data        {config.data.source}: {plan.train_examples:,} training and {plan.val_examples:,} evaluation images",
         f"length      {steps:,} steps of {batch:,} ({train.micro_batch_size} at once), {passes:.3g} epochs, {images:,} images",
-        f"optimiser   {optim.name}, weight decay {optim.weight_decay:g}, gradient clip {optim.grad_clip}",
+        *([f"head first  {first:,} steps train the head alone"] if first else []),
+        *([f"ends early  {patience}, with the best weights"] if train.early_stop_evals else []),
+        f"optimiser   {optim.name}, weight decay {optim.weight_decay:g}, gradient clip {optim.grad_clip}{layers}",
         f"lr          {optim.schedule}; by step: {curve}",
         f"precision   {train.precision} on {hardware(plan.device)}",
         *([f"processes   {plan.ranks}, {plan.parallel}"] if plan.ranks > 1 else []),

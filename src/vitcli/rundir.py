@@ -20,7 +20,16 @@ from typing import Any
 from vitcli.config_file import flatten
 from vitcli.errors import RunExistsError, UserError
 
-__all__ = ["lock_run", "write_text", "write_json", "read_json", "build_manifest", "git_revision", "differing_keys"]
+__all__ = [
+    "lock_run",
+    "write_bytes",
+    "write_text",
+    "write_json",
+    "read_json",
+    "build_manifest",
+    "git_revision",
+    "differing_keys",
+]
 
 LOCK_NAME = ".lock"
 MOST_JSON_BYTES = 64 << 20
@@ -85,15 +94,20 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` into `path` so that a reader, or a kill at any moment, finds the old content or all of the new.
+    """Write text, in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put `content` into `path` so that a reader, or a kill at any moment, finds the old content or all of the new.
 
     Raises:
         UserError: the disk is full or not writable; the old content is as it was.
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -104,9 +118,7 @@ def write_text(path: Path, text: str) -> None:
             os.close(directory)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another run directory"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another place") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-__all__ = ["Count", "Fraction", "ImageSize", "Length", "PositiveInt", "Section", "Size", "machine"]
+__all__ = ["Count", "Fraction", "ImageSize", "Length", "Patterns", "PositiveInt", "Section", "Size", "machine"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=1, le=1_000_000)]  # of a layer or an image; more is a slip of the finger
@@ -24,6 +24,16 @@ def as_pair(value: Any) -> Any:
 
 Sides = tuple[Size, Size]
 ImageSize = Annotated[Sides, BeforeValidator(as_pair, json_schema_input_type=Size | Sides)]  # (height, width), px
+
+
+def as_several(value: Any) -> Any:
+    """Read one pattern as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+Several = Annotated[tuple[Pattern, ...], Field(max_length=100)]
+Patterns = Annotated[Several, BeforeValidator(as_several, json_schema_input_type=Pattern | Several)]
 
 
 def machine(default: Any, description: str, **rules: Any) -> Any:

@@ -20,7 +20,7 @@ from vitcli.device import AUTOCAST
 from vitcli.distributed import Engine, Ranks
 from vitcli.lanes import Lanes
 from vitcli.optim import SGD, Adam, AdamW, clip_gradients, ema_update
-from vitcli.plan import lr_of_step
+from vitcli.plan import head_alone, lr_of_step
 from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Verdict, judge
 
@@ -76,8 +76,8 @@ def train_step(
     """
     optimizer, ranks = state.optimizer, engine.ranks
     for group in optimizer.param_groups:
-        group["lr"] = lr_of_step(config, state.step)
-    state.model.train(not config.train.freeze_backbone)  # a frozen backbone must not drop what the head reads
+        group["lr"] = lr_of_step(config, state.step) * group.get("lr_scale", 1.0)
+    set_modes(state.model, head_alone=head_alone(config, state.step), some_frozen=bool(config.train.freeze))
     while True:
         problem = None
         try:
@@ -110,6 +110,16 @@ def train_step(
     sums += torch.where(norm.isfinite(), seen.sum(0), 0.0)
     state.step += 1
     return Outcome(norm, seen, verdict)
+
+
+def set_modes(model: nn.Module, *, head_alone: bool, some_frozen: bool) -> None:
+    """Put a model into training mode, but for what is frozen, which must not drop what others read."""
+    model.train(not head_alone)
+    for part in model.children() if some_frozen and not head_alone else ():
+        for module in part.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
 
 
 def accumulate_gradients(

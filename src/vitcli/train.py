@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from pydantic import ValidationError
 
 from vitcli.checkpoint import latest_checkpoint
 from vitcli.config import Config, Section
@@ -25,9 +26,10 @@ from vitcli.interrupts import StopSignals
 from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.opened import flops_of
+from vitcli.own_data import class_sizes, on_both_sides, short_side, split_record
 from vitcli.plan import build_plan, describe, resolve, tune
 from vitcli.pretrained import Pretrained
-from vitcli.recipes import finetune_recipe
+from vitcli.recipes import OWN, finetune_recipe
 from vitcli.recovery import ROLLBACKS
 from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
 from vitcli.weights import LoadReport, check_architecture, load_start
@@ -40,6 +42,13 @@ __all__ = ["finetune", "pretrain"]
 Say = Callable[[str], None]
 Value = TypeVar("Value")
 CONFIG, MANIFEST, SUMMARY, WEIGHTS = "config.yaml", "manifest.json", "summary.json", "weights_report.json"
+SPLIT = "split.json"
+# settings that a recipe's note is about; given by the user, they leave it nothing to say
+NOTED_SETTINGS = {
+    "time": [f"train.{unit}" for unit in LENGTHS],
+    "weights": ["train.class_weights"],
+    "ends early": ["train.early_stop_evals"],
+}
 
 
 # ---------------------------------------------------------------- two set-ups
@@ -58,6 +67,27 @@ def finetune(
     ckpt: Path, dataset: str, config_path: Path | None, overrides: Sequence[str], *, from_scratch: bool, dry_run: bool, say: Say
 ) -> None:
     """Fine-tune a checkpoint on a data set, into runs/ and a name made of both, with a recipe where no config is given."""
+    config, pretrained, recipe = finetune_config(ckpt, dataset, config_path, overrides, from_scratch=from_scratch, say=say)
+    run(config, start=None if from_scratch else pretrained, recipe=recipe, dry_run=dry_run, say=say)
+
+
+def finetune_config(
+    ckpt: Path,
+    dataset: str,
+    config_path: Path | None,
+    overrides: Sequence[str],
+    *,
+    from_scratch: bool,
+    recipe: dict[str, Any] | None = None,
+    recipe_of: str | None = None,
+    say: Say,
+) -> tuple[Config, Pretrained, dict[str, Any] | None]:
+    """Return the settings of a fine-tuning run, the weights it starts from, and the recipe where no config is given.
+
+    Args:
+        recipe: one made earlier, perhaps on another machine, to be kept.
+        recipe_of: the data set whose recipe to take; by default `dataset`.
+    """
     pretrained = open_weights(ckpt, say=say)
     out = Path("runs") / f"{run_name(pretrained.source_path)}-{short_name(dataset)}"
     out = out.with_name(f"{out.name}-scratch") if from_scratch else out
@@ -67,28 +97,32 @@ def finetune(
         "out": str(out),
         **checkpoint_facts(pretrained, dataset),
     }
-    recipe = None
     if config_path is None:
         # a first reading, for the data and the run directory it names; the numbers stand in for the recipe's
         draft_length = {"steps": 1 << 40, "batch_size": 1 << 26}
         draft, _ = read_config(None, overrides, base={**facts, "train": draft_length}, base_name="checkpoint")
         assert draft.out is not None
         # a resumed run keeps its recipe, also on another machine
-        recipe = (read_json(draft.out / MANIFEST) or {}).get("recipe") if begun(draft.out) else None
+        if recipe is None and begun(draft.out):
+            recipe = (read_json(draft.out / MANIFEST) or {}).get("recipe")
         if recipe is None:
-            train_source = open_source(dataset, split="train", data=draft.data)
+            settled = {word.partition("=")[0] for word in overrides}
+            # of the whole training split, so that what is chosen on a development split holds for all of it
+            whole = draft.data.model_copy(update={"dev_fraction": None})
+            train_source = open_source(dataset, split="train", data=whole)
             made = finetune_recipe(
-                dataset,
+                recipe_of or dataset,
                 model=pretrained.model,
                 preprocessing=pretrained.preprocessing,
                 num_examples=len(train_source),
                 forward_flops=flops_of(pretrained, image_size=draft.data.image_size),
                 flops_per_second=flops_per_second(choose_device(draft.train.device)),
+                class_sizes=class_sizes(train_source),
+                picture_side=None if "data.image_size" in settled else short_side(train_source),
             )
             recipe = made.settings
-            lengths = tuple(f"train.{unit}=" for unit in LENGTHS)
             for note in made.notes:
-                if not (note.startswith("time:") and any(word.startswith(lengths) for word in overrides)):
+                if not settled.intersection(NOTED_SETTINGS.get(note.partition(":")[0], ())):
                     say(note)
         base, name = {**facts, **recipe, "data": {**facts["data"], **recipe["data"]}}, "recipe"
     else:
@@ -107,7 +141,7 @@ def finetune(
             f"{layers.where(f'model.{key}')}: model.{key} is {found}, but the checkpoint {ckpt} has {expected}; "
             "leave the model's sizes and numerics to the checkpoint"
         )
-    run(config, start=None if from_scratch else pretrained, recipe=recipe, dry_run=dry_run, say=say)
+    return config, pretrained, recipe
 
 
 def checkpoint_facts(pretrained: Pretrained, dataset: str) -> dict[str, Any]:
@@ -167,8 +201,9 @@ def carry_out(
     """Do as `run`, once it is known who takes part."""
     assert config.out is not None
     out = config.out
-    if config.train.freeze_backbone and start is None:
-        raise ConfigError("train.freeze_backbone keeps random weights when nothing is loaded; give a checkpoint, or drop it")
+    if start is None and (config.train.freeze_backbone or config.train.head_first_steps):
+        key = "freeze_backbone" if config.train.freeze_backbone else "head_first_steps"
+        raise ConfigError(f"train.{key} keeps random weights when nothing is loaded; give a checkpoint, or drop it")
 
     def look() -> dict[str, Any] | None:
         if out.exists() and not out.is_dir():
@@ -206,12 +241,19 @@ def carry_out(
             requested = {"requested": config.model_dump(mode="json"), "recipe": recipe, "tuning": tuning}
             if start is not None:
                 write_json(out / WEIGHTS, {"source": str(start.source_path), **rehearse(job, start).as_dict()})
+            record = split_record(job.train_source, job.val_source, config.data)
+            if record is not None:
+                write_json(out / SPLIT, record)
             write_json(out / MANIFEST, {**manifest, **requested})
-        result, seconds = fit(job, stop=stop, say=say)
+            if recipe is not None and config.data.source.partition(":")[0] in OWN:
+                warn_of_copies(job, say=say)
+        done = fit(job, stop=stop, say=say)
         summary = {
-            "step": job.config.train.steps,
-            "train_seconds": round(seconds, 1),
-            **result.as_dict(job.train_source.classes),
+            "step": done.step,
+            "trained_steps": done.trained_steps,
+            "stopped_early": done.trained_steps < (job.config.train.steps or 0),
+            "train_seconds": round(done.train_seconds, 1),
+            **done.result.as_dict(job.train_source.classes),
         }
         if ranks.main:
             write_json(out / SUMMARY, summary)
@@ -220,6 +262,19 @@ def carry_out(
     data_root = f" --data-root {shlex.quote(str(root))}" if root else ""
     say(f"run directory {out}; curves: tensorboard --logdir {quoted}")
     say(f"next: vit eval --ckpt {quoted}{data_root}")
+    say(f"      vit predict --ckpt {quoted} PICTURE ...")
+    say(f"      vit report {quoted}")
+
+
+def warn_of_copies(job: Job, *, say: Say) -> None:
+    """Say which pictures are there both to train on and to evaluate on, where looking is cheap."""
+    groups = on_both_sides(job.train_source, job.val_source)
+    if groups:
+        first = [next(copy.place for copy in groups[0].copies if copy.set == name) for name in groups[0].sets]
+        say(
+            f"copies: {len(groups)} of the pictures to evaluate on are in training too, the same or nearly ("
+            f"{' and '.join(first)}): the accuracy will flatter; `vit data check` lists them"
+        )
 
 
 def rehearse(job: Job, start: Pretrained) -> LoadReport:
@@ -231,7 +286,9 @@ def rehearse(job: Job, start: Pretrained) -> LoadReport:
 
 def headline(summary: dict[str, Any]) -> str:
     minutes, seconds = divmod(int(summary["train_seconds"]), 60)
-    return f"top-1 {100 * summary['top1']:.2f} %, {summary['step']:,} steps, {minutes} min {seconds} s of training"
+    steps, trained = summary["step"], summary.get("trained_steps", summary["step"])
+    after = f"{trained:,} steps" if trained == steps else f"{steps:,} of {trained:,} steps"
+    return f"top-1 {100 * summary['top1']:.2f} %, {after}, {minutes} min {seconds} s of training"
 
 
 def begun(out: Path) -> bool:
@@ -249,11 +306,15 @@ def refuse_other(out: Path, config: Config) -> None:
         return
     if manifest is None:
         strangers = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.is_dir() else []
-        if set(strangers) - {CONFIG, ROLLBACKS, WEIGHTS, "checkpoints", "nonfinite", "tensorboard", "metrics.jsonl"}:
+        known = {CONFIG, ROLLBACKS, SPLIT, WEIGHTS, "checkpoints", "nonfinite", "predictions", "tensorboard"}
+        known |= {"metrics.jsonl", "report.html"}
+        if set(strangers) - known:
             raise RunExistsError(f"{out}: holds files but no run ({strangers[0]}, ...); choose another --out")
         return
-    before, now = manifest["requested"], config.model_dump(mode="json")
+    before, now = with_defaults(manifest["requested"]), config.model_dump(mode="json")
     free = {"out", *keys_free_to_change(Config)}
+    if config.train.early_stop_evals is not None:
+        free.remove("log.best_metric")  # the run ends by it
     differing = [key for key in differing_keys(before, now) if key not in free]
     if differing:
         said = ", ".join(
@@ -263,6 +324,14 @@ def refuse_other(out: Path, config: Config) -> None:
         raise RunExistsError(
             f"{out}: this run has another config: {said}{more}; choose another --out, or take the settings back"
         )
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that a run was asked for, those included that its version of vit did not have yet."""
+    try:
+        return Config.model_validate(settings).model_dump(mode="json")
+    except ValidationError:  # of a later version, or damaged: the comparison says where
+        return settings
 
 
 def keys_free_to_change(section: type[Section], prefix: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vitcli.data.images import IMAGE_SUFFIXES
 from vitcli.errors import DataError
 
-__all__ = ["EVALUATION_FOLDERS", "ImageFiles", "Split", "has_class_folders", "open_folder"]
+__all__ = ["EVALUATION_FOLDERS", "ImageFiles", "Split", "evaluation_folder", "has_class_folders", "open_folder"]
 
 Split = Literal["train", "val"]
 EVALUATION_FOLDERS = ("val", "validation", "test")  # in order of preference
@@ -71,6 +71,13 @@ def open_folder(
             return scan(path / held_out, class_names(path / held_out))
         raise DataError(f"{path}: has {held_out}/ but no train/; add {path}/train/<class>/*.jpg")
     return hold_out(scan(path, class_names(path)), split=split, val_fraction=val_fraction)
+
+
+def evaluation_folder(path: Path) -> str | None:
+    """Return the name of the folder in `path` that is evaluated on; None where a share of every class is held out."""
+    below = subfolders(path)
+    found = next((name for name in EVALUATION_FOLDERS if name in below), None)
+    return found if "train" in below or set(below) <= set(EVALUATION_FOLDERS) else None
 
 
 def has_class_folders(path: Path) -> bool:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from vitcli.data.folders import ImageFiles, Split, has_class_folders, open_folder
 from vitcli.errors import DataError
 
-__all__ = ["NAMED_SETS", "Arrays", "data_root", "load_named"]
+__all__ = ["NAMED_SETS", "Arrays", "data_root", "load_named", "present_sets"]
 
 NETWORK_TIMEOUT_SECONDS = 15.0  # torchvision sets none; without a network the answer should not take minutes
 TEST_FIRST = ("test", "val", "validation")  # a named set is evaluated on its published test set
@@ -60,6 +60,16 @@ NAMED_SETS = {
 def data_root(root: Path | None) -> Path:
     """Return the configured data root, else $VIT_DATA, else ~/.cache/vit."""
     return Path(root or os.environ.get("VIT_DATA") or "~/.cache/vit").expanduser()
+
+
+def present_sets(root: Path) -> list[str]:
+    """Return the names of the sets that lie under a data root, in torchvision's files or in class folders."""
+    return [
+        name
+        for name, known in NAMED_SETS.items()
+        if any((place / mark).exists() for place in (root / name, root) for mark in known.recognised_by)
+        or has_class_folders(root / name)
+    ]
 
 
 def load_named(name: str, *, split: Split, root: Path, val_fraction: float) -> Arrays | ImageFiles:

@@ -173,7 +173,8 @@ class RemoteCopies:
                 self.reserve(partial, size)
                 try:
                     download(url, partial, size=size)
-                    os.replace(partial, path)
+                    with locked(self.folder / "locks" / "room"):  # who counts meanwhile might see neither name
+                        os.replace(partial, path)
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as error:

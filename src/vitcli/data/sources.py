@@ -20,7 +20,7 @@ from vitcli.data.mix import MixSource
 from vitcli.data.named import NAMED_SETS, Arrays, data_root, load_named
 from vitcli.data.protocol import EncodedSource, Labels, Source, SourceDefaults
 from vitcli.data.shards import open_shards
-from vitcli.data.subset import take_subset
+from vitcli.data.subset import take_dev_split, take_subset
 from vitcli.errors import DataError
 from vitcli.randomness import derive_seed, permute
 
@@ -123,20 +123,23 @@ def open_source(spec: str, *, split: Split, data: DataConfig) -> Source:
 
     Args:
         spec: a name, kind:PLACE, or mix.
-        data: where to look, how large to cache, which part of the training split; `data.source` and `data.val_source` are not
-            read, so that several sets may share a section.
+        data: where to look, how large to cache, which part of the training split, and whether a share of that takes the place
+            of the evaluation split; `data.source` and `data.val_source` are not read, so that several sets may share a section.
 
     Raises:
         DataError: unknown name, nothing found, or content that makes no labelled set.
     """
+    part: Split = "train" if data.dev_fraction is not None else split
     if spec == "mix":
         assert data.mix is not None
-        parts = [open_whole(part.source, split=split, data=data) for part in data.mix]
-        source: Source = MixSource(parts, weights=[part.weight for part in data.mix], classes=data.mix_classes)
+        parts = [open_whole(each.source, split=part, data=data) for each in data.mix]
+        source: Source = MixSource(parts, weights=[each.weight for each in data.mix], classes=data.mix_classes)
     else:
-        source = open_whole(spec, split=split, data=data)
-    if split == "train" and data.examples is not None:
+        source = open_whole(spec, split=part, data=data)
+    if part == "train" and data.examples is not None:
         source = take_subset(source, examples=data.examples, seed=data.subset_seed)
+    if data.dev_fraction is not None:
+        source = take_dev_split(source, fraction=data.dev_fraction, split=split)
     return source
 
 

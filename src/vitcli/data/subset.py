@@ -5,11 +5,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from vitcli.data.folders import Split
 from vitcli.data.protocol import EncodedSource, Group, Labels, Source, SourceDefaults, UniformSource
 from vitcli.errors import DataError
 from vitcli.randomness import derive_seed, permute, permute_each, words
 
-__all__ = ["SubsetSource", "balanced_prefix", "held_out", "take_subset"]
+__all__ = ["SubsetSource", "balanced_prefix", "held_out", "stratified_share", "take_dev_split", "take_subset"]
 
 CHUNK = 1 << 20  # examples at a time
 
@@ -35,7 +36,7 @@ class SubsetSource(SourceDefaults):
                 blocks = None if group.block_starts is None else self.moved(group.block_starts)
                 groups.append(Group(start, stop, group.weight, blocks))
             if not all(group.stop > group.start for group in groups):
-                raise DataError(f"{self.name}: data.examples={len(keep)} leaves nothing of a part of the mix; take more")
+                raise DataError(f"{self.name}: {len(keep):,} images of it leave nothing of a part of the mix; take more")
             self.groups = groups
 
     def moved(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -109,6 +110,49 @@ def held_out(labels: NDArray[Any], *, fraction: float, name: str) -> NDArray[np.
     if not out.any():
         raise DataError(f"{name}: every class has a single image, so none can be held out; give data.val_source")
     return out
+
+
+def take_dev_split(source: Source, *, fraction: float, split: Split) -> Source:
+    """Return the share of a training split that is held out to choose settings on (`val`), or the rest (`train`).
+
+    The share is `fraction` of all images exactly, rounded to whole ones, as in ViT (2010.11929) Table 4; which ones depends on
+    nothing but the labels.
+
+    Raises:
+        DataError: too few images, or a mix whose labels are computed.
+    """
+    if source.labels is None and source.groups is not None:
+        raise DataError(f"{source.name}: data.dev_fraction cannot divide a mix whose parts compute their labels")
+    if source.labels is None:  # computed labels come in rounds of all classes
+        in_dev = np.arange(len(source)) >= len(source) - max(1, min(len(source) - 1, round(len(source) * fraction)))
+    else:
+        in_dev = stratified_share(source.labels, fraction=fraction, name=source.name)
+    keep = np.flatnonzero(in_dev if split == "val" else ~in_dev)
+    return SubsetSource(source, keep, fingerprint=f"{source.fingerprint}-{'dev' if split == 'val' else 'rest'}-{fraction:g}")
+
+
+def stratified_share(labels: NDArray[Any], *, fraction: float, name: str) -> NDArray[np.bool_]:
+    """Tell, (N,), which examples are in a share of round(N * fraction), classes in proportion to their sizes.
+
+    What is left over after rounding down goes to the classes that lost most by it. No class gives its last example.
+
+    Raises:
+        DataError: every class has a single example.
+    """
+    labels = np.asarray(labels)
+    counts = np.bincount(labels)
+    most = np.maximum(counts - 1, 0)  # (K,)
+    wanted = counts * fraction
+    shares = np.minimum(np.floor(wanted).astype(np.int64), most)  # (K,) taken of each class
+    examples = min(max(1, round(len(labels) * fraction)), int(most.sum()))
+    if examples == 0:
+        raise DataError(f"{name}: every class has a single image, so none can be held out; give data.val_source")
+    by_chance = permute(np.arange(len(counts)), len(counts), derive_seed("dev-classes"))
+    order = np.lexsort((by_chance, shares - wanted))  # (K,) classes, the largest remainder first
+    while (left := examples - int(shares.sum())) > 0:
+        shares[[label for label in order if shares[label] < most[label]][:left]] += 1
+    taken: NDArray[np.bool_] = shuffled_within_class(labels, seed=derive_seed("dev")) < shares[labels]
+    return taken
 
 
 def shuffled_within_class(labels: NDArray[Any], *, seed: int) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -89,9 +90,15 @@ def refuse_other_folder(out: Path) -> None:
 
 
 def names_of(records: Sequence[RunRecord]) -> list[str]:
-    """Return the runs' own names, or their paths where two have the same."""
+    """Return the runs' own names, or, where two have the same, what their paths do not share."""
     names = [record.name for record in records]
-    return names if len(set(names)) == len(names) else [str(record.path) for record in records]
+    if len(set(names)) == len(names):
+        return names
+    paths = [record.path.resolve() for record in records]
+    if len(set(paths)) < len(paths):  # a run beside itself
+        return [str(record.path) for record in records]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared).as_posix() for path in paths]
 
 
 def contender(name: str, record: RunRecord, *, data_root: Path | None, say: Say) -> Contender:
@@ -246,7 +253,7 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
     settings = result["settings"]
     lines += ["", "settings that differ" if settings else "no setting differs"]
     if settings:
-        names = [["", *(cut(run["name"]) for run in runs)]]
+        names = [["", *(cut_front(run["name"]) for run in runs)]]
         lines += aligned(names + [[key, *(cut(in_json(value)) for value in row)] for key, row in settings.items()])
     lines += [""]
     tests = sum(found["comparable"] for found in result["pairs"])
@@ -281,6 +288,11 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list
 
 def cut(text: str) -> str:
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
+
+
+def cut_front(text: str) -> str:
+    """Shorten a name, whose end says more."""
+    return text if len(text) <= WIDEST else f"…{text[1 - WIDEST :]}"
 
 
 def percent(share: float | None) -> str:

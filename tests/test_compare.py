@@ -121,9 +121,9 @@ def test_bad_input(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_runs_of_the_same_name_are_called_by_their_paths(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_called_by_what_their_paths_do_not_share(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / folder / "run", seed=seed) for seed, folder in enumerate(("x", "y"))]
-    assert [run["name"] for run in compare(*runs)["runs"]] == list(map(str, runs))
+    assert [run["name"] for run in compare(*runs)["runs"]] == ["x/run", "y/run"]
 
 
 def test_holm() -> None:

@@ -201,6 +201,7 @@ def test_speed(run_dir: Path) -> None:
     assert slow["images_per_second"] == pytest.approx(1e3 / slow["latency_ms"]["median"])
 
 
+@pytest.mark.slow
 def test_probes_need_no_fitting_classes(run_dir: Path) -> None:
     words = ["--ckpt", str(run_dir), "--dataset", "digits", "--fewshot", "2,1", "--knn", "5", "--seeds", "2"]
     found = judged(*words)

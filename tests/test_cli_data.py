@@ -87,6 +87,7 @@ def test_pack_index_and_train(photos: Path, tmp_path: Path) -> None:
     assert trained.returncode == 0, trained.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     words = ["shapes", "data.shapes.classes=4", "data.shapes.train_examples=400", "data.image_size=32", "--split", "train"]
     options = ["--examples-per-shard", "10", "--jobs", "2"]

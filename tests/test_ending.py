@@ -174,6 +174,7 @@ def test_interrupted_anywhere_it_ends_at_the_same_step(stopped: Path, tmp_path: 
     }
 
 
+@pytest.mark.slow
 def test_killed_before_its_summary_it_ends_the_same(stopped: Path, tmp_path: Path) -> None:
     out = run(tmp_path, "run")
     before = summary_of(out)
@@ -182,6 +183,7 @@ def test_killed_before_its_summary_it_ends_the_same(stopped: Path, tmp_path: Pat
     assert summary_of(out) == before == summary_of(stopped)
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_said_and_the_last_weights_are_the_result(tmp_path: Path) -> None:
     out = run(tmp_path, "run")
     best = out / "checkpoints" / f"step_{summary_of(out)['step']:08d}"

@@ -713,6 +713,7 @@ def laughs(open_: str, close: str, key: str) -> str:
     return CONFIG + "\n".join(lines) + "\n"
 
 
+@pytest.mark.slow
 def test_bombs(tmp_path: Path, saved: Path) -> None:
     bombs: list[tuple[str, Path]] = []
     trap = tmp_path / "executed"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,10 @@ def test_each_part_has_a_schedule_of_its_own(head_first: Path) -> None:
     assert rates[6] < rates[7] < rates[8] == config.optim.lr > rates[19]
 
 
-@pytest.mark.parametrize("ema", [False, True])
-@pytest.mark.parametrize("points", [(2, 5), (6,), (7, 12)])
+@pytest.mark.parametrize(
+    ("points", "ema"),
+    [((6,), True), *(pytest.param(*case, marks=pytest.mark.slow) for case in product([(2, 5), (7, 12)], [False, True]))],
+)
 def test_interrupted_in_either_part_it_ends_with_the_same_bits(
     pretrained: Path, head_first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: tuple[int, ...], ema: bool
 ) -> None:

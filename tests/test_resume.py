@@ -117,6 +117,7 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(uninterrupted: Path, 
     assert tensors(out) == tensors(uninterrupted)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(uninterrupted: Path, tmp_path: Path) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(CONFIG)

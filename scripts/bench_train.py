@@ -266,9 +266,9 @@ def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
     from vitcli.data.loader import choose_workers
     from vitcli.data.sources import open_source
     from vitcli.device import keep_freed_memory
-    from vitcli.evaluate import evaluate_source
     from vitcli.models import build_model
     from vitcli.plan import resolve
+    from vitcli.predictions import collect_source
 
     keep_freed_memory()
     config, _ = read_config(path, [])
@@ -282,7 +282,7 @@ def ours_evaluate(path: Path, job: Job, meter: Meter) -> None:
     real = room.eval_batches
     room.eval_batches = lambda *args, **kwargs: meter.count(real(*args, **kwargs))
     while True:
-        evaluate_source(
+        collect_source(
             net,
             source,
             config,

@@ -95,7 +95,11 @@ def test_each_part_has_a_schedule_of_its_own(head_first: Path) -> None:
 
 @pytest.mark.parametrize(
     ("points", "ema"),
-    [((6,), True), *(pytest.param(*case, marks=pytest.mark.slow) for case in product([(2, 5), (7, 12)], [False, True]))],
+    [
+        ((6,), True),
+        pytest.param((6,), False, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in product([(2, 5), (7, 12)], [False, True])),
+    ],
 )
 def test_interrupted_in_either_part_it_ends_with_the_same_bits(
     pretrained: Path, head_first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: tuple[int, ...], ema: bool

@@ -7,23 +7,19 @@ Sigmoid loss as big_vision's `sigmoid_xent`: sum over classes, mean over images.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitcli.config import Config
-from vitcli.data.protocol import Source
 from vitcli.distributed import SOLO, Ranks
 from vitcli.errors import DataError
-from vitcli.forward import source_answers
 
-__all__ = ["EvalResult", "Judged", "Tally", "evaluate", "evaluate_source", "judge", "map_classes"]
+__all__ = ["EvalResult", "Judged", "Tally", "evaluate", "judge", "map_classes"]
 
 
 @dataclass(frozen=True)
@@ -177,44 +173,6 @@ def evaluate(
     for batch, answered in batches:
         tally.add(judge(batch["labels"], answered, num_classes=num_classes, loss=loss, class_map=class_map))
     return tally.result(ranks)
-
-
-def evaluate_source(
-    model: nn.Module,
-    source: Source,
-    config: Config,
-    *,
-    device: torch.device,
-    batch_size: int,
-    num_classes: int,
-    warn: Callable[[str], object],
-    check: Callable[[], None] | None = None,
-    flops_per_image: int,
-    class_map: Tensor | None = None,
-    ranks: Ranks = SOLO,
-) -> EvalResult:
-    """Evaluate on every image of a source once, with the config's preprocessing, loss and precision."""
-    with closing(
-        source_answers(
-            model,
-            source,
-            config,
-            device=device,
-            batch_size=batch_size,
-            warn=warn,
-            check=check,
-            flops_per_image=flops_per_image,
-            ranks=ranks,
-        )
-    ) as answered:
-        return evaluate(
-            answered,
-            num_classes=num_classes,
-            device=device,
-            loss=config.train.loss,
-            class_map=class_map,
-            ranks=ranks,
-        )
 
 
 def target_labels(labels: Tensor, *, num_classes: int, class_map: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ from vitcli.data.loader import choose_workers
 from vitcli.data.sources import open_source
 from vitcli.device import choose_device, flops_per_second, hardware, keep_freed_memory
 from vitcli.distributed import Ranks, process_group
-from vitcli.errors import ConfigError, DataError, RunExistsError, UserError
+from vitcli.errors import ConfigError, DataError, RunExistsError
 from vitcli.evaluate import map_classes
 from vitcli.fit import Job, fit
 from vitcli.interrupts import StopSignals
@@ -40,7 +40,6 @@ from vitcli.weights.open import open_weights
 __all__ = ["finetune", "pretrain"]
 
 Say = Callable[[str], None]
-Value = TypeVar("Value")
 CONFIG, MANIFEST, SUMMARY, WEIGHTS = "config.yaml", "manifest.json", "summary.json", "weights_report.json"
 SPLIT = "split.json"
 # settings that a recipe's note is about; given by the user, they leave it nothing to say
@@ -182,19 +181,6 @@ def say_nothing(text: str) -> None:
     """Leave it to the main process."""
 
 
-def on_main(ranks: Ranks, do: Callable[[], Value]) -> Value:
-    """Return on every rank what `do` returns on the main one, or raise what it raises."""
-    value, problem = None, None
-    if ranks.main:
-        try:
-            value = do()
-        except UserError as error:
-            problem = error
-    ranks.wait_for_main()  # which may download, decode or index for hours
-    ranks.agree(problem)
-    return cast(Value, ranks.broadcast(value))
-
-
 def carry_out(
     config: Config, *, start: Pretrained | None, recipe: dict[str, Any] | None, dry_run: bool, say: Say, ranks: Ranks
 ) -> None:
@@ -211,7 +197,7 @@ def carry_out(
         refuse_other(out, config)
         return read_json(out / SUMMARY)
 
-    summary = on_main(ranks, look)
+    summary = ranks.on_main(look)
     if dry_run:
         job = prepare(config, start=start, ranks=ranks)
         checkpoint = latest_checkpoint(out, say=say)
@@ -359,7 +345,7 @@ def prepare(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job:
         settled.append(settle_job(config, start=start, ranks=ranks))
         return settled[0].config
 
-    agreed = on_main(ranks, settle)
+    agreed = ranks.on_main(settle)
     # the others come second: the first one to open a source may have to download, decode or index it
     return settled[0] if ranks.main else settle_job(agreed, start=start, ranks=ranks)
 

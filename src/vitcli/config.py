@@ -156,6 +156,10 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="evaluate averaged weights; 0.9999 in the paper"
     )
+    ema_share: Annotated[float, Field(gt=0, le=0.5)] | None = Field(
+        None,
+        description="in its place: average over about this share of the steps so far, so that a run can be read at any moment",
+    )
     freeze_backbone: bool = Field(False, description="train the head alone (linear probe)")
     freeze: Patterns = Field(
         (), description="parameters to leave as they are, by patterns of their names, such as [patch_embed.*, 'blocks.[0-3].*']"
@@ -208,6 +212,9 @@ class LogConfig(Section):
     checkpoint_every_steps: PositiveInt | None = machine(None, "null takes 1/10 of the run, at most 1,000")
     keep_checkpoints: PositiveInt = machine(2, "newest checkpoints kept")
     keep_every_steps: PositiveInt | None = machine(None, "checkpoints kept for good: every so many steps")
+    readings: list[Length] = machine(
+        [], "images seen at which the run is evaluated and probed, and its answers and checkpoint are kept for good"
+    )
     keep_best: Count = machine(0, "best checkpoints kept, by best_metric; then one is written at every evaluation")
     best_metric: Literal["top1", "top5", "loss"] = machine("top1", "of an evaluation; what keep_best goes by")
     sample_images: Count = machine(16, "training images in TensorBoard's sample grid; 0 turns it off")

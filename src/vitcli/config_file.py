@@ -333,8 +333,11 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("train.label_smoothing", "has no meaning with train.loss: sigmoid; set it to 0")
     if min(data.std) <= 0:
         fail("data.std", f"is {list(data.std)}; every number must be above 0")
-    if train.freeze_backbone and train.ema_decay is not None:
-        fail("train.ema_decay", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
+    if train.ema_decay is not None and train.ema_share is not None:
+        fail("train.ema_share", "is another way to average than train.ema_decay; drop one of them")
+    average = "ema_decay" if train.ema_decay is not None else "ema_share"
+    if train.freeze_backbone and getattr(train, average) is not None:
+        fail(f"train.{average}", "averages weights that train.freeze_backbone keeps fixed; drop one of them")
     if train.freeze_backbone and (train.freeze or train.head_first_steps):
         fail("train.freeze_backbone", "trains the head alone to the end; drop it, or train.freeze and train.head_first_steps")
     if (data.source == "mix") != (data.mix is not None):

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ from vitcli.interrupts import StopSignals
 from vitcli.lanes import Lanes
 from vitcli.logs import RunLog
 from vitcli.models import build_model
-from vitcli.optim import build_optimizer, ema_start, trained_names, weight_norm
-from vitcli.plan import Plan, count_lanes, head_alone, lr_of_step
-from vitcli.predictions import VAL_PREDICTIONS, Predictions, collect_source, save_predictions
+from vitcli.optim import averages, build_optimizer, ema_start, trained_names, weight_norm
+from vitcli.plan import Plan, count_lanes, head_alone, lr_of_step, reading_steps
+from vitcli.predictions import VAL_PREDICTIONS, Predictions, collect_source, reading_file, save_predictions
 from vitcli.pretrained import Pretrained
 from vitcli.probe_sets import ProbeSet
 from vitcli.probes import open_probe_sets, probe_live
@@ -158,7 +159,8 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
         say=log.message,
     )
     best = every.keep_best if train.early_stop_evals is None else max(1, every.keep_best)
-    keep = Keep(every.keep_checkpoints, best, every_steps=every.keep_every_steps)
+    readings = reading_steps(config)
+    keep = Keep(every.keep_checkpoints, best, every_steps=every.keep_every_steps, steps=readings)
     saver = AsyncSaver(config.out / "checkpoints", keep=keep, say=log.message)
     evaluate = partial(evaluate_now, state, job, engine, log, stop, warn=warn_once)
     with stop.deferred(), log, closing(micro_batches), saver:
@@ -167,11 +169,12 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
                 judged: Judgement | None = None  # of the weights as they are
                 last = state.step == train.steps
                 due = state.step > 0 and state.step % every.eval_every_steps == 0
-                if (due or last) and state.step not in evaluated:
+                reading = state.step in readings
+                if (due or last or reading) and state.step not in evaluated:
                     judged = evaluate()
                     evaluated.add(state.step)
                 due_probe = state.step > 0 and state.step % (config.fewshot.every_steps or every.eval_every_steps) == 0
-                if probe_sets and (due_probe or last) and state.step not in probed:
+                if probe_sets and (due_probe or last or reading) and state.step not in probed:
                     probe_now(probe_sets, state, job, engine, log, stop, warn=warn_once)
                     probed.add(state.step)
                 if last or (due and ranks.broadcast(is_stalled(config, log.evals, examples=job.plan.val_examples))):
@@ -194,7 +197,7 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
                 saver.check()
                 save_now = state.step % every.checkpoint_every_steps == 0 or state.step == train.steps
                 save_now |= best > 0 and state.step % every.eval_every_steps == 0
-                save_now |= state.step == train.head_first_steps
+                save_now |= state.step == train.head_first_steps or state.step in readings
                 if save_now or state.step % every.log_every_steps == 0:
                     watch.settle()
                     write_row(state, job, log, sums, outcome.gradient_norm)
@@ -237,7 +240,7 @@ def finish(
         moved = return_to_best(state, engine, config, log.evals, examples=job.plan.val_examples, say=say)
         judged = None if moved else judged
     result, predictions = judged or evaluate()
-    store_predictions(job, predictions, step=state.step)
+    store_predictions(job, predictions, step=state.step, path=VAL_PREDICTIONS)
     log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
     return Finished(result, state.step, trained_steps, log.train_seconds)
 
@@ -310,7 +313,7 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
         compile=config.train.compile,
     )
     optimizer = build_optimizer(config.optim, model)
-    ema = ema_start(model) if config.train.ema_decay is not None else None
+    ema = ema_start(model) if averages(config.train) else None
     saved = None if resume_from is None else load_checkpoint(resume_from)
     extra = ranks.broadcast({} if saved is None else saved.extra)
     if step > 0:
@@ -401,6 +404,8 @@ def evaluate_now(
             ranks=job.ranks,
             flops_per_image=job.plan.flops_per_image,
         )
+    if state.step in reading_steps(job.config):  # before the row that says it is done
+        store_predictions(job, predictions, step=state.step, path=reading_file(state.step))
     log.eval_row(state.step, {"loss": result.loss, "top1": result.top1, "top5": result.top5, "seconds": result.seconds})
     return result, predictions
 
@@ -433,13 +438,13 @@ def probe_now(
     log.fewshot_row(state.step, accuracies)
 
 
-def store_predictions(job: Job, predictions: Predictions, *, step: int) -> None:
-    """Write the answers of the weights of `step` to every evaluation image into the run directory."""
+def store_predictions(job: Job, predictions: Predictions, *, step: int, path: Path) -> None:
+    """Write the answers of the weights of `step` to every evaluation image to a path of the run directory."""
     if not job.ranks.main:
         return
     config = job.config
     assert config.out is not None
-    weights = EMA if config.train.ema_decay is not None else MODEL
+    weights = EMA if averages(config.train) else MODEL
     about = {
         "dataset": config.data.val_source or config.data.source,
         "fingerprint": job.val_source.fingerprint,
@@ -448,7 +453,7 @@ def store_predictions(job: Job, predictions: Predictions, *, step: int) -> None:
         "step": step,
         "loss": config.train.loss,
     }
-    save_predictions(config.out / VAL_PREDICTIONS, predictions, about=about)
+    save_predictions(config.out / path, predictions, about=about)
 
 
 # ---------------------------------------------------------------- class weights

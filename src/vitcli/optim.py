@@ -14,15 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitcli.config import OptimConfig
+from vitcli.config import OptimConfig, TrainConfig
 
 __all__ = [
     "SGD",
     "Adam",
     "AdamW",
     "Muon",
+    "averages",
     "build_optimizer",
     "clip_gradients",
+    "decay_at",
     "ema_start",
     "ema_update",
     "layer_numbers",
@@ -314,6 +316,22 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
 def weight_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Return the global 2-norm of the parameters, a 0-d tensor on their device."""
     return whole(torch.nn.utils.get_total_norm(list(parameters)))
+
+
+def averages(train: TrainConfig) -> bool:
+    """Tell whether a run averages its weights."""
+    return train.ema_decay is not None or train.ema_share is not None
+
+
+def decay_at(train: TrainConfig, step: int) -> float | None:
+    """Return the average's decay in step 0, 1, ...; None where a run keeps none.
+
+    With `ema_share` it is (1 - 1/t)^(1/share) in the t-th step, so that weights count by a power of when they were there, and
+    at any moment about the last `share` of the run dominates: a power-function average (2312.02696, section 3.1).
+    """
+    if train.ema_share is None:
+        return train.ema_decay
+    return (1.0 - 1.0 / (step + 1)) ** (1.0 / train.ema_share)
 
 
 def ema_start(model: nn.Module) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from vitcli.lanes import choose_lanes
 from vitcli.model_config import ModelConfig, resolve_model, stem_stride
 from vitcli.models import build_model
 from vitcli.models.flops import activation_bytes, forward_flops, training_flops
-from vitcli.optim import lr_at, trained_names
+from vitcli.optim import averages, lr_at, trained_names
 from vitcli.tuning import Choice, choose_settings, product_width, worth_measuring
 
-__all__ = ["Plan", "build_plan", "count_lanes", "describe", "head_alone", "lr_of_step", "resolve", "tune"]
+__all__ = ["Plan", "build_plan", "count_lanes", "describe", "head_alone", "lr_of_step", "reading_steps", "resolve", "tune"]
 
 GIB = 2**30
 MICRO_BATCH_CAP = {"cpu": 128, "cuda": 1024}  # images; beyond it a step gains nothing and leaves the CPU's caches
@@ -48,6 +48,16 @@ class Plan:
 def head_alone(config: Config, step: int) -> bool:
     """Tell whether step 0, 1, ... trains nothing but the head."""
     return config.train.freeze_backbone or step < config.train.head_first_steps
+
+
+def reading_steps(config: Config) -> frozenset[int]:
+    """Return the steps of a resolved config after which a run has seen as many images as each of `log.readings` says.
+
+    The first step that reaches a number counts for it; numbers beyond the run's length are left out.
+    """
+    assert config.train.steps is not None
+    steps = {math.ceil(images / config.train.batch_size) for images in config.log.readings}
+    return frozenset(step for step in steps if step <= config.train.steps)
 
 
 def lr_of_step(config: Config, step: int) -> float:
@@ -184,7 +194,7 @@ def build_plan(
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     parameters, trained = sum(sizes.values()), sum(sizes[name] for name in checked_names(config, list(sizes)))
     moments = 1 if config.optim.name == "sgd" else 2
-    copies = 1 + (config.train.ema_decay is not None)
+    copies = 1 + averages(config.train)
     assert config.train.micro_batch_size is not None
     state_bytes = 4 * parameters * copies + 4 * trained * (1 + moments)
     activations = config.train.micro_batch_size * _activation_bytes(config, config.model)

@@ -32,10 +32,17 @@ __all__ = [
     "collect_predictions",
     "collect_source",
     "load_predictions",
+    "reading_file",
     "save_predictions",
 ]
 
 VAL_PREDICTIONS = Path("predictions/val.safetensors")  # in the directory of every finished run
+
+
+def reading_file(step: int) -> Path:
+    """Return where a run keeps its answers at a reading (`log.readings`), in its directory."""
+    return Path(f"predictions/step_{step:08d}.safetensors")
+
 
 TOP = 5  # guesses kept of each image
 METADATA = "vit_predictions"

@@ -28,6 +28,7 @@ class Keep:
     best: int = 0  # of those evaluated
     higher_is_better: bool = True
     every_steps: int | None = None  # milestones: the multiples of it
+    steps: frozenset[int] = frozenset()  # and these
 
     def __post_init__(self) -> None:
         if self.last < 1:
@@ -49,7 +50,7 @@ def kept_steps(steps: Iterable[int], keep: Keep, scores: Mapping[int, float]) ->
     sign = 1.0 if keep.higher_is_better else -1.0
     scored = [step for step in newest_first if math.isfinite(scores.get(step, math.nan))]
     best = sorted(scored, key=lambda step: sign * scores[step], reverse=True)  # stable: newer first
-    milestones = {step for step in newest_first if keep.every_steps and step % keep.every_steps == 0}
+    milestones = {step for step in newest_first if step in keep.steps or (keep.every_steps and step % keep.every_steps == 0)}
     return {*newest_first[: keep.last], *best[: keep.best], *milestones}
 
 

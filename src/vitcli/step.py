@@ -19,7 +19,7 @@ from vitcli.data.transforms import mix_batch, normalise
 from vitcli.device import AUTOCAST
 from vitcli.distributed import Engine, Ranks
 from vitcli.lanes import Lanes
-from vitcli.optim import SGD, Adam, AdamW, clip_gradients, ema_update
+from vitcli.optim import SGD, Adam, AdamW, clip_gradients, decay_at, ema_update
 from vitcli.plan import head_alone, lr_of_step
 from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Verdict, judge
@@ -106,7 +106,7 @@ def train_step(
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / state.scale.scale)
     norm = clip_gradients(parameters, config.optim.grad_clip)
-    verdict = update(state, norm, seen, ranks=ranks, decay=config.train.ema_decay)
+    verdict = update(state, norm, seen, ranks=ranks, decay=decay_at(config.train, state.step))
     sums += torch.where(norm.isfinite(), seen.sum(0), 0.0)
     state.step += 1
     return Outcome(norm, seen, verdict)

@@ -45,8 +45,10 @@ class Answers:
 
 def evaluated(record: RunRecord, answers: Answers | None) -> str:
     """Say which images and weights the numbers are of."""
-    ema = record.config.train.ema_decay
-    averaged = "" if ema is None else f", averaged weights (decay {ema:g})"
+    train = record.config.train
+    averaged = "" if train.ema_decay is None else f", averaged weights (decay {train.ema_decay:g})"
+    if train.ema_share is not None:
+        averaged = f", weights averaged over about {100 * train.ema_share:g} % of the run"
     if answers is not None:
         about = answers.about
         return f"{len(answers.predictions):,} images of {about['dataset']}, weights of step {about['step']:,}{averaged}"

@@ -22,7 +22,7 @@ LAYERS = (
     | {"pretrained", "fewshot", "neighbours"},
     {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
     | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
-    | {"views", "label_sets"},
+    | {"views", "translation", "label_sets"},
     {"step", "watch", "ending"},
     {"fit"},
     {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"},

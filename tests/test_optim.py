@@ -138,6 +138,27 @@ def test_muon_splits_hidden_matrices_from_the_rest() -> None:
     assert {"patch_embed.proj.weight", "head.weight", "blocks.0.attn.qkv.bias", "norm.weight"} <= by_kind[0]
 
 
+def test_muon_takes_the_kernels_inside_a_resnets_units() -> None:
+    """One kernel is a matrix of as many rows as output channels: the same step as for the matrix it is read as."""
+    model = ResNet(image_size=(16, 16), units=(1, 1), num_classes=3, width=32)
+    groups = build_optimizer(OptimConfig(name="muon"), model).param_groups
+    names = {name: group["orthogonal"] for group in groups for name in group["param_names"]}
+    inside = {name for name, parameter in model.named_parameters() if name.startswith("stages.") and parameter.ndim == 4}
+    assert {name for name, count in names.items() if count} == inside
+    assert len(inside) == 8
+    assert not names["stem.conv.weight"]
+
+    generator = torch.Generator().manual_seed(2)
+    start, gradient = torch.randn(8, 4, 3, 3, generator=generator), torch.randn(8, 4, 3, 3, generator=generator)
+    kernel, matrix = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
+    kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1).clone()
+    for parameter in (kernel, matrix):
+        group = {"params": [("w", parameter)], "weight_decay": 0.1, "orthogonal": 1}
+        Muon([group], lr=0.02, momentum=0.9, betas=(0.9, 0.999), eps=1e-8).step()
+    assert not torch.equal(kernel.detach(), start)
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach(), atol=1e-6, rtol=1e-6)
+
+
 def test_muon_equals_torchs_on_a_matrix() -> None:
     """Torch computes in bfloat16, 8 bits: directions agree to a few per cent, and no better is asked."""
     generator = torch.Generator().manual_seed(1)

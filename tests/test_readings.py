@@ -96,7 +96,7 @@ def test_the_average_is_a_power_of_the_time() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("train.ema_decay=0.9", "train.ema_share: is another way to average than train.ema_decay"),
+        ("train.ema_decay=0.9", "train.ema_share is another way to average than train.ema_decay"),
         ("train.ema_share=0.9", "train.ema_share.*0.5"),
         ("log.readings=[0]", "log.readings"),
     ],

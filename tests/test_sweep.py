@@ -18,7 +18,7 @@ from vitcli.config import Config
 from vitcli.errors import Interrupted
 from vitcli.interrupts import StopSignals
 from vitcli.rundir import lock_run
-from vitcli.sweep import hopeless, reason_of, run_trials, slots_of
+from vitcli.sweep import hopeless, run_trials
 from vitcli.sweep_plan import Start, Target, Trial
 from vitcli.sweep_results import best_rate, outcome, panels_of, result_lines, results, write_results
 
@@ -326,25 +326,6 @@ def test_several_data_sets_have_a_mean(tmp_path: Path) -> None:
     assert not any("average" in line for line in result_lines(results(targets, {}, early_stop=True)))
     finish(targets[1].finals(0.01)[0], 0.7, 1.0)
     assert result_lines(results(targets, {}, early_stop=True))[-1] == "tiny: 60.00 % on average of 2 data sets"
-
-
-def test_why_a_process_ended(tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    log.write_text("vit: of an earlier attempt\nTraceback ...\nMemoryError\n")
-    assert reason_of(1, log, log.read_text().index("Traceback")) == "MemoryError"
-    assert reason_of(2, log, 0) == "of an earlier attempt"
-    assert "SIGKILL" in reason_of(-9, log, 0) and "memory" in reason_of(-9, log, 0)
-
-
-def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert slots_of(None, torch.device("cpu")) == [{}]
-    assert [set(slot) for slot in slots_of(2, torch.device("cpu"))] == [{"OMP_NUM_THREADS"}] * 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots_of(None, torch.device("cuda"))] == ["4", "6"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots_of(3, torch.device("cuda"))] == ["4", "6", "4"]
 
 
 # ---------------------------------------------------------------- the command

@@ -24,6 +24,7 @@ from vitcli.predictions import VAL_PREDICTIONS, Predictions, collect_predictions
 from vitcli.probes import probe_checkpoint
 from vitcli.rundir import write_bytes
 from vitcli.speed import measure_speed
+from vitcli.translation import check_pixels, judge_translation
 from vitcli.views import tta_forward, tta_views
 
 __all__ = ["Questions", "assess", "open_run", "predictions_of_run"]
@@ -48,6 +49,7 @@ class Questions:
     confusion: Path | None = None  # a CSV file to write
     predictions: Path | None = None  # a file to write
     robustness: bool = False
+    translate: Sequence[int] = ()  # px
     speed: bool = False
     shots: Sequence[int] = ()
     linear: bool = False
@@ -64,7 +66,7 @@ class Questions:
     def classifier(self) -> bool:
         """Whether the model's own answers are asked about: always, but where it is the features alone."""
         files = (self.labels, self.tta, self.confusion, self.predictions)
-        return not self.probes or self.robustness or any(each is not None for each in files)
+        return not self.probes or self.robustness or bool(self.translate) or any(each is not None for each in files)
 
 
 def assess(
@@ -133,6 +135,7 @@ def judge_classifier(opened: OpenedModel, *, batch_size: int, ask: Questions, ra
     def open_labels() -> tuple[OpenedModel, LabelSet]:
         return open_label_set(opened, labels=ask.labels, restrict=not ask.all_outputs, say=say)
 
+    check_pixels(ask.translate, image_size=opened.config.data.image_size)
     opened, label_set = ranks.main_first(open_labels)
     source, classes, loss = label_set.source, label_set.classes, opened.config.train.loss
     if ask.confusion is not None and len(classes) > MOST_MATRIX_CLASSES:
@@ -181,6 +184,17 @@ def judge_classifier(opened: OpenedModel, *, batch_size: int, ask: Questions, ra
             save_predictions(ask.predictions, replace(predictions, logits=None), about=about)
     if ask.robustness:
         found["robustness"] = judge_robustness(opened, label_set, batch_size=batch_size, ask=ask, ranks=ranks, say=say)
+    if ask.translate:
+        found["translation"] = judge_translation(
+            opened,
+            label_set,
+            predictions,
+            pixels=ask.translate,
+            forward=forward,
+            batch_size=batch_size,
+            ranks=ranks,
+            say=say,
+        )
     return found
 
 

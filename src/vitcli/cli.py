@@ -16,6 +16,7 @@ from vitcli.cli_models import models
 from vitcli.cli_options import Ckpt, DataRoot, Debug, Overrides, as_overrides, say
 from vitcli.cli_predict import predict
 from vitcli.cli_report import compare, report
+from vitcli.cli_study import study
 from vitcli.cli_sweep import sweep
 from vitcli.errors import Interrupted, UserError
 from vitcli.interrupts import StopSignals
@@ -143,6 +144,7 @@ def convert(
 
 
 app.command(epilog="Example: vit sweep --ckpt runs/jft-like --dataset cifar10 --from-scratch train.steps=400")(sweep)
+app.command(epilog="Example: vit study --config configs/study-quick.yaml --dry-run")(study)
 
 
 app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")(evaluate)

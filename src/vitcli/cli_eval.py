@@ -55,6 +55,10 @@ def evaluate(
     robustness: Annotated[
         bool, typer.Option("--robustness", help="also under blur, noise, JPEG and low contrast, at 5 strengths each")
     ] = False,
+    translate: Annotated[
+        str | None,
+        typer.Option("--translate", help="also with the images moved by so many px, 4 ways: 1,2,4", show_default=False),
+    ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="also the model's images per second, and latency of one image")
     ] = False,
@@ -90,6 +94,7 @@ def evaluate(
         confusion=confusion,
         predictions=save_predictions,
         robustness=robustness,
+        translate=numbers("--translate", translate),
         speed=speed,
         shots=numbers("--fewshot", fewshot),
         linear=linear,
@@ -142,6 +147,8 @@ def as_text(result: dict[str, Any], *, per_class: bool) -> list[str]:
         lines += accuracy_lines(result)
         if "robustness" in result:
             lines += ["", *robustness_lines(result["robustness"], clean=result["top1"])]
+        if "translation" in result:
+            lines += ["", *translation_lines(result["translation"], clean=result["top1"])]
         lines += confusion_lines(result)
         seen = [row for row in result["per_class"] if row["examples"] or row["predicted"]]
         if per_class or len(seen) <= FEW_CLASSES:
@@ -212,6 +219,16 @@ def robustness_lines(robustness: dict[str, Any], *, clean: float) -> list[str]:
     for kind, cells in table.items():
         lines.append(f"{kind:<10}" + "".join(f"{100 * cell['top1']:8.2f}" for cell in cells) + f"{100 * means[kind]:9.2f}")
     lines.append(f"{'all':<10}{'':{8 * len(strengths)}}{100 * robustness['mean']:9.2f}   {100 * clean:.2f} without")
+    return lines
+
+
+def translation_lines(rows: list[dict[str, Any]], *, clean: float) -> list[str]:
+    lines = ["moved by     top-1      interval        unchanged   " + "  ".join(f"{name:>8}" for name in rows[0]["directions"])]
+    lines.append(f"{'0 px':<8}  {percent(clean)}")
+    for row in rows:
+        each = "  ".join(percent(direction["top1"]) for direction in row["directions"].values())
+        px = f"{row['px']} px"
+        lines.append(f"{px:<8}  {percent(row['top1'])}  {between(row['interval']):<18} {percent(row['unchanged'])}  {each}")
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vitcli.model_config import ModelConfig
-from vitcli.section import Count, Fraction, ImageSize, Length, Patterns, PositiveInt, Section, machine
+from vitcli.section import Count, Fraction, ImageSize, Length, Patterns, PositiveInt, Section, Size, machine
 
 __all__ = [
     "AugmentConfig",
@@ -83,6 +83,10 @@ class DataConfig(Section):
     eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
         description="central share kept at evaluation, aspect ratio kept; null resizes the whole image as the reference does",
+    )
+    patch_permutation: Size | None = Field(
+        None,
+        description="control: every image is cut into squares of so many px, shown in one other order; null shows it as it is",
     )
     root: Path | None = machine(None, "data root; else $VIT_DATA, else ~/.cache/vit")
     workers: Count | None = machine(None, "loader processes; null chooses by source and machine")

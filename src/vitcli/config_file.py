@@ -350,6 +350,10 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("data.val_source", "is mix, but data.source is not; name a single source")
     if "shapes" in (data.source, data.val_source) and not all(16 <= side <= 512 for side in data.image_size):
         fail("data.image_size", f"is {data.image_size[0]} x {data.image_size[1]}; shapes makes images of 16 to 512 px")
+    if data.patch_permutation is not None:
+        side, (height, width) = data.patch_permutation, data.image_size
+        if height % side or width % side or height * width < 4 * side**2:
+            fail("data.patch_permutation", f"is {side}; it must cut the image of {height} x {width} px into 4 squares or more")
     check_model(config.model, data.image_size, layers)
 
 

@@ -152,6 +152,7 @@ def feature_file(opened: OpenedModel, source: Source, *, split: Split, weights: 
         # a JPEG that is read again each time may be decoded at another scale than one that was decoded once
         "encoded": source.encoded,
         "preprocessing": [list(data.image_size), list(data.mean), list(data.std), data.eval_crop_fraction],
+        "patch_permutation": data.patch_permutation,
         "precision": [opened.config.train.precision, opened.device.type],
     }
     return default_cache_dir() / "features" / f"{sha256_of_json(about)[:32]}.safetensors"

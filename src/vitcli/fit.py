@@ -291,7 +291,12 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
     config, device, ranks = job.config, job.plan.device, job.ranks
     assert config.out is not None and config.train.micro_batch_size is not None
     torch.manual_seed(derive_seed(config.seed, "init"))
-    model = build_model(config.model, image_size=config.data.image_size, num_classes=job.plan.num_classes)
+    model = build_model(
+        config.model,
+        image_size=config.data.image_size,
+        num_classes=job.plan.num_classes,
+        patch_permutation=config.data.patch_permutation,
+    )
     # Start precedence: this run's own checkpoint, then --ckpt, then scratch.
     resume_from = latest_checkpoint(config.out, say=say) if ranks.main else None
     step = ranks.broadcast(0 if resume_from is None else step_of(resume_from))
@@ -477,4 +482,6 @@ def class_weights_of(counts: NDArray[np.int64], *, kind: str) -> Tensor:
 
 def preprocessing_of(config: Config) -> dict[str, Any]:
     """Return what turns a picture into this model's input; it travels with the weights."""
-    return {key: config.data.model_dump(mode="json")[key] for key in ("image_size", "mean", "std", "eval_crop_fraction")}
+    data = config.data.model_dump(mode="json")
+    permuted = () if config.data.patch_permutation is None else ("patch_permutation",)
+    return {key: data[key] for key in ("image_size", "mean", "std", "eval_crop_fraction", *permuted)}

@@ -1,15 +1,17 @@
-"""The `model` section: a Transformer, one after a ResNet stem, or a ResNet; by a variant's name or by sizes, with options."""
+"""The `model` section: a Transformer, one after a ResNet stem, a ResNet, or an MLP; by a variant's name or by sizes."""
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vitcli.section import Fraction, Section, Size
+from vitcli.section import Count, Fraction, Section, Size
 
 __all__ = [
     *("RESNET_UNITS", "SIZES", "VARIANTS", "ModelConfig"),
-    *("kept_patches", "model_problem", "parse_variant", "resolve_model", "stem_stride"),
+    *("kept_patches", "model_problem", "parse_variant", "receptive_field", "resolve_model", "stem_stride"),
 ]
 
 # name: (width, depth, mlp_dim, num_heads); ViT (2010.11929) Table 1, AugReg (2106.10270) and big_vision's decode_variant
@@ -38,11 +40,13 @@ RESNET_UNITS = {
     200: (3, 24, 36, 3),
 }
 SIZES = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "kind", "resnet_units", "resnet_width")  # a variant gives
-# options that say nothing about a ResNet, with the value that leaves them out
+# options that say nothing about another kind of model, with the value that leaves them out
 TRANSFORMER_ONLY = (
     *("representation_size", "pool", "pos_embed", "pos_embed_at", "attention", "registers", "layer_scale", "qk_norm"),
     *("stochastic_depth", "patch_dropout", "dropout", "attention_dropout", "gelu", "layer_norm_eps"),
 )
+SHARED_BY_MLP = ("dropout", "gelu", "layer_norm_eps")
+RESNET_ONLY = ("resnet_width", "resnet_root", "weight_standardisation", "group_norm_eps", "group_norm_groups")
 
 
 class ModelConfig(Section):
@@ -52,8 +56,9 @@ class ModelConfig(Section):
         None,
         description="size and patch by name, such as B/16, R50+B/16 or R50x1; as an override it replaces a file's sizes",
     )
-    kind: Literal["vit", "resnet"] | None = Field(
-        None, description="a Vision Transformer, or a BiT ResNet to compare with; null takes the variant's, else vit"
+    kind: Literal["vit", "resnet", "mlp"] | None = Field(
+        None,
+        description="a Vision Transformer, or to compare with a BiT ResNet or an MLP on pixels; null is the variant's, or vit",
     )
     patch_size: Size | None = Field(
         None, description="side of a square patch, px, or of the stem's output where there is one; divides both sides"
@@ -69,6 +74,9 @@ class ModelConfig(Section):
     resnet_root: Literal["large", "small"] = Field(
         "large", description="7x7 convolution and pooling, a quarter of the sides; or one 3x3 convolution, for small images"
     )
+    resnet_spatial_units: Annotated[tuple[Count, ...], Field(max_length=8)] | None = Field(
+        None, description="how many units of each of a ResNet's blocks look at neighbours: 3x3 kernels, then 1x1; null for all"
+    )
     weight_standardisation: Literal["auto", "std", "bit", "timm"] = Field(
         "auto",
         description="kernels divided by std + 1e-5 (auto for a stem), sqrt(var + 1e-10) (for a ResNet) or sqrt(var + 1e-8)",
@@ -76,6 +84,7 @@ class ModelConfig(Section):
     group_norm_eps: Annotated[float, Field(gt=0)] | None = Field(
         None, description="epsilon of every GroupNorm; null takes 1e-5 in a ResNet and 1e-6 in a stem, as the originals"
     )
+    group_norm_groups: Size = Field(32, description="groups of every GroupNorm; fewer for a ResNet narrower than 32 channels")
     representation_size: Size | Literal["width"] | None = Field(
         None, description="hidden tanh layer before the head at pretraining; 'width' as in the paper, null for none"
     )
@@ -163,6 +172,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     else:
         needed = ["patch_size", "width", "depth", "num_heads"]
         advice = "give a variant such as B/16, or all of patch_size, width, depth, num_heads"
+        if sizes["kind"] == "mlp":
+            needed, advice = ["width", "depth"], "give both, such as width 512 and depth 4"
         if sizes["mlp_dim"] is None and sizes["width"] is not None:
             sizes["mlp_dim"] = 4 * sizes["width"]
     missing = [key for key in needed if sizes[key] is None]
@@ -179,6 +190,25 @@ def stem_stride(model: ModelConfig) -> int:
     return (4 if model.resnet_root == "large" else 1) * 2 ** max(0, len(model.resnet_units) - 1)
 
 
+def receptive_field(model: ModelConfig) -> int:
+    """Return how many image pixels a feature of a resolved section's ResNet is made of, in height and in width.
+
+    Convolutions and pooling count, norms do not, though their means and deviations are of the whole image. Of a hybrid it is
+    what a patch of the ResNet's output is made of, before attention mixes all of them; without a ResNet a patch's side.
+    """
+    field, step = 1, 1  # px, and between two neighbours of the map
+    if model.resnet_units is not None:
+        field, step = (3, 1) if model.resnet_root == "small" else (7 + 2 * 2, 4)  # 7x7 at stride 2, pooling 3x3 at 2
+        spatial = model.resnet_spatial_units or model.resnet_units
+        for block, (count, looking) in enumerate(zip(model.resnet_units, spatial, strict=True)):
+            if block and not looking:
+                step *= 2
+            for unit in range(min(count, looking)):
+                field += 2 * step
+                step *= 2 if block and not unit else 1
+    return field + ((model.patch_size or 1) - 1) * step
+
+
 def kept_patches(patches: int, patch_dropout: float) -> int:
     """Return how many of an image's patches a training step sees."""
     return max(1, round(patches * (1.0 - patch_dropout)))
@@ -188,6 +218,8 @@ def model_problem(model: ModelConfig, image_size: tuple[int, int]) -> tuple[str,
     """Say which setting of a resolved section makes no sense, by its key, and why; None where all do."""
     if model.kind == "resnet":
         return resnet_problem(model)
+    if model.kind == "mlp":
+        return mlp_problem(model)
     assert model.patch_size and model.width and model.num_heads
     height, width = image_size
     side = model.patch_size * stem_stride(model)
@@ -261,28 +293,46 @@ def option_problem(model: ModelConfig, *, grid_size: tuple[int, int]) -> tuple[s
 
 def stem_problem(model: ModelConfig) -> tuple[str, str] | None:
     """Say which setting of the ResNet before a Transformer, or without one, makes no sense, as `model_problem`."""
+    if model.resnet_spatial_units is not None:
+        return "resnet_spatial_units", "is about model.kind resnet: attention looks at every place anyway; leave it out"
     if model.resnet_units is not None:
         return width_problem(model)
-    defaults = ModelConfig()
-    for key in ("resnet_width", "resnet_root", "weight_standardisation", "group_norm_eps"):
-        if getattr(model, key) != getattr(defaults, key):
-            return key, "is about a ResNet, and there is none without model.resnet_units"
-    return None
+    found = given(model, RESNET_ONLY)
+    return None if found is None else (found, "is about a ResNet, and there is none without model.resnet_units")
 
 
 def resnet_problem(model: ModelConfig) -> tuple[str, str] | None:
     """Say which setting of a ResNet makes no sense, as `model_problem`."""
-    defaults = ModelConfig()
     if not model.resnet_units:
         return "resnet_units", "is empty: a ResNet needs a block"
-    for key in ("patch_size", "width", "depth", "mlp_dim", "num_heads", *TRANSFORMER_ONLY):
-        if getattr(model, key) != getattr(defaults, key):
-            return key, "is about a Transformer, but model.kind is resnet; leave it out"
+    found = given(model, ("patch_size", "width", "depth", "mlp_dim", "num_heads", *TRANSFORMER_ONLY))
+    if found is not None:
+        return found, "is about a Transformer, but model.kind is resnet; leave it out"
+    units, spatial = model.resnet_units, model.resnet_spatial_units
+    if spatial is not None and len(spatial) != len(units):
+        return "resnet_spatial_units", f"has {len(spatial)} numbers for {len(units)} blocks; give one for each"
+    if spatial is not None and any(looking > count for looking, count in zip(spatial, units)):
+        return "resnet_spatial_units", f"is {list(spatial)}, but the blocks have {list(units)} units"
     return width_problem(model)
 
 
+def mlp_problem(model: ModelConfig) -> tuple[str, str] | None:
+    """Say which setting of an MLP makes no sense, as `model_problem`."""
+    others = ("patch_size", "num_heads", "resnet_units", "resnet_spatial_units", *RESNET_ONLY, *TRANSFORMER_ONLY)
+    found = given(model, [key for key in others if key not in SHARED_BY_MLP])
+    return None if found is None else (found, "says nothing about an MLP, but model.kind is mlp; leave it out")
+
+
+def given(model: ModelConfig, keys: Sequence[str]) -> str | None:
+    """Return the first of some settings that is not as the schema has it, or None."""
+    defaults = ModelConfig()
+    return next((key for key in keys if getattr(model, key) != getattr(defaults, key)), None)
+
+
 def width_problem(model: ModelConfig) -> tuple[str, str] | None:
-    assert model.resnet_width is not None
-    if model.resnet_width % 32:
-        return "resnet_width", f"is {model.resnet_width}, which the 32 groups of a GroupNorm do not divide"
+    width, groups = model.resnet_width, model.group_norm_groups
+    assert width is not None
+    if width % groups:
+        advice = f"; take model.group_norm_groups: {math.gcd(width, groups)}" if width < groups else ""
+        return "resnet_width", f"is {width}, which the {groups} groups of a GroupNorm do not divide{advice}"
     return None

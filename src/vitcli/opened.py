@@ -24,7 +24,7 @@ from vitcli.models import Model, build_model
 from vitcli.models.flops import forward_flops
 from vitcli.pretrained import Pretrained
 from vitcli.weights import load_weights
-from vitcli.weights.load import section_of
+from vitcli.weights.load import check_permutation, section_of
 from vitcli.weights.open import open_weights
 
 __all__ = ["Images", "OpenedModel", "flops_of", "match_classes", "open_images", "open_model", "open_split", "settle_workers"]
@@ -85,7 +85,13 @@ def open_model(
     base = {"model": pretrained.model, "data": data_settings, "train": {"steps": 1, **pretrained.manifest.get("train", {})}}
     config, _ = read_config(None, list(overrides), base=base, base_name=str(ckpt))
     device = choose_device("auto")
-    model = build_model(config.model, image_size=config.data.image_size, num_classes=len(pretrained.classes))
+    model = build_model(
+        config.model,
+        image_size=config.data.image_size,
+        num_classes=len(pretrained.classes),
+        patch_permutation=config.data.patch_permutation,
+    )
+    check_permutation(model, pretrained)
     load_weights(model, pretrained.state, reset_head=False)
     model = model.to(device).eval()
     flops = flops_of(pretrained, image_size=config.data.image_size)

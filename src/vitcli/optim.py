@@ -121,14 +121,15 @@ def build_optimizer(section: OptimConfig, model: nn.Module) -> torch.optim.Optim
 def split_matrices(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Split the matrices inside the blocks from each group and mark them `orthogonal`: how many matrices lie in one tensor.
 
-    That is 3 for `qkv`, three dense layers in the original, and 1 for the others. The first and the last layer are not hidden
-    ones: Muon leaves them to Adam.
+    That is 3 for `qkv`, three dense layers in the original, and 1 for the others. A convolution's kernel counts as a matrix of
+    as many rows as it has output channels (K. Jordan, 2024). The first and the last layer are not hidden ones: Muon leaves
+    them to Adam.
     """
     split = []
     for group in groups:
         parts: dict[int, list[tuple[str, Tensor]]] = {0: [], 1: [], 3: []}
         for name, parameter in group["params"]:
-            hidden = name.startswith("blocks.") and name.endswith(".weight") and parameter.ndim == 2
+            hidden = BLOCK.search(name) is not None and name.endswith(".weight") and parameter.ndim in (2, 4)
             parts[(3 if name.endswith("qkv.weight") else 1) if hidden else 0].append((name, parameter))
         split += [{**group, "params": pairs, "orthogonal": count} for count, pairs in parts.items() if pairs]
     return split
@@ -176,7 +177,7 @@ class SGD(Uncompiled, torch.optim.SGD):
 
 
 class Muon(AdamW):
-    """Momentum made orthogonal for the matrices of hidden layers (K. Jordan, 2024), AdamW for everything else.
+    """Momentum made orthogonal for the matrices and kernels of hidden layers (K. Jordan, 2024), AdamW for everything else.
 
     A matrix moves along the orthogonal factor of its momentum: every direction by the same amount, however small its gradient.
     Its step is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW step (Moonlight, 2502.16982,
@@ -222,10 +223,10 @@ class Muon(AdamW):
             ahead = parameter.grad.lerp_(momentum, group["momentum"])  # Nesterov
             parameter.grad = None
             same_shape.setdefault(parameter.shape, []).append((parameter, ahead))
-        for (rows, columns), pairs in same_shape.items():
-            rows //= group["orthogonal"]
+        for shape, pairs in same_shape.items():
+            rows, columns = shape[0] // group["orthogonal"], math.prod(shape[1:])
             matrices = torch.stack([whole(ahead) for _, ahead in pairs]).reshape(-1, rows, columns)
-            directions = orthogonal_factor(matrices).reshape(len(pairs), -1, columns)
+            directions = orthogonal_factor(matrices).reshape(len(pairs), *shape)
             parameters = [parameter for parameter, _ in pairs]
             torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
             scale = 0.2 * math.sqrt(max(rows, columns))

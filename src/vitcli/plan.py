@@ -15,7 +15,7 @@ from vitcli.device import choose_precision, hardware, memory_bytes
 from vitcli.distributed import SOLO, Parallel, Ranks, choose_parallel
 from vitcli.errors import ConfigError
 from vitcli.lanes import choose_lanes
-from vitcli.model_config import ModelConfig, resolve_model, stem_stride
+from vitcli.model_config import ModelConfig, receptive_field, resolve_model, stem_stride
 from vitcli.models import build_model
 from vitcli.models.flops import activation_bytes, forward_flops, training_flops
 from vitcli.optim import averages, lr_at, trained_names
@@ -277,7 +277,12 @@ def describe_model(model: ModelConfig, image_size: tuple[int, int]) -> str:
     units = "" if model.resnet_units is None else "-".join(map(str, model.resnet_units)) or "no"
     resnet = f"ResNet, {units} units from {model.resnet_width} channels on"
     if model.kind == "resnet":
+        looking = model.resnet_spatial_units
+        if looking is not None:
+            resnet += f", {'-'.join(map(str, looking))} of them 3x3: a field of {receptive_field(model)} px"
         return f"{resnet}, {image_size[0]} x {image_size[1]} px"
+    if model.kind == "mlp":
+        return f"MLP, width {model.width}, depth {model.depth}, {image_size[0]} x {image_size[1]} px"
     assert model.patch_size is not None
     side = model.patch_size * stem_stride(model)
     rows, columns = (length // side for length in image_size)

@@ -65,7 +65,8 @@ def finetune_recipe(
     section = ModelConfig.model_validate(dict(model))
     side = (section.patch_size or 1) * stem_stride(section)  # a ResNet would take any, but its own stride wastes nothing
     notes: list[str] = []
-    if dataset in TABLE_4 and min(height, width) >= 224:
+    resizable = section.kind != "mlp" and preprocessing.get("patch_permutation") is None
+    if dataset in TABLE_4 and min(height, width) >= 224 and resizable:
         height = width = HIGH_RESOLUTION // side * side
     settings: dict[str, Any] = {
         "data": {"image_size": [height, width]},
@@ -95,7 +96,7 @@ def finetune_recipe(
         wanted = min(20_000, max(500, 30 * num_examples // batch_size))
         own = dataset.partition(":")[0] in OWN
         step_flops = batch_size * 3 * forward_flops
-        if own and picture_side is not None:
+        if own and picture_side is not None and resizable:
             seconds = wanted * step_flops / flops_per_second
             height, width = suitable_size(section, (height, width), picture_side=picture_side, side=side, seconds=seconds)
             settings["data"]["image_size"] = [height, width]

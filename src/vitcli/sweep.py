@@ -7,13 +7,10 @@ a sweep that was stopped at any moment goes on from there. One that fails is rep
 import math
 import os
 import shlex
-import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import torch
 from vitcli.device import choose_device, hardware
 from vitcli.errors import ConfigError, RunExistsError
 from vitcli.interrupts import StopSignals
+from vitcli.jobs import Child, begin, end_all, is_held, slots_of
 from vitcli.logs import duration
 from vitcli.rundir import build_manifest, lock_run, write_json
 from vitcli.sweep_plan import (
@@ -159,31 +157,16 @@ def are_equal(a: Target, b: Target) -> bool:
     return a.config.model_copy(update={"ckpt": None}) == b.config.model_copy(update={"ckpt": None})
 
 
-def slots_of(jobs: int | None, device: torch.device) -> list[dict[str, str]]:
-    """Return the environment of each place for a trial: a GPU of its own, or its share of the CPU's cores."""
-    if device.type == "cuda":
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        visible = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-        return [{"CUDA_VISIBLE_DEVICES": visible[place % len(visible)]} for place in range(jobs or len(visible))]
-    jobs = jobs or 1
-    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{}] * jobs
-    return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}] * jobs
-
-
 # ---------------------------------------------------------------- trials as processes
 
 
 @dataclass
-class Child:
+class Running:
     """A trial that is running."""
 
     trial: Trial
     slot: int
-    process: subprocess.Popen[bytes]
-    log: Path
-    log_start: int  # bytes of earlier attempts
-    started: float = field(default_factory=time.monotonic)
+    child: Child
     told: int = 0  # the last evaluation that was spoken of
     is_stopped: bool = False
 
@@ -204,28 +187,28 @@ def run_trials(
         Interrupted: all that were running are saved.
     """
     problems: dict[Path, str] = {}
-    children: list[Child] = []
+    running: list[Running] = []
     waiting: list[Trial] = []
     told_of: set[Path] = set()
     changed = True
     try:
         while True:
-            for child in list(children):
-                watch(child, early_stop=early_stop, say=say)
-                if child.process.poll() is not None:
-                    children.remove(child)
+            for one in list(running):
+                watch(one, early_stop=early_stop, say=say)
+                if one.child.process.poll() is not None:
+                    running.remove(one)
                     changed = True
                     if stop.pending() is None:
-                        conclude(child, problems, say=say)
+                        conclude(one, problems, say=say)
             stop.check()
             if changed:
                 write_results(out, results(targets, problems, early_stop=early_stop), about=about)
                 waiting = [trial for target in targets for trial in left_to_do(target, problems, early_stop=early_stop)]
                 changed = False
-            busy = {child.trial.folder for child in children}
+            busy = {one.trial.folder for one in running}
             elsewhere = False
             for trial in waiting:
-                free = [slot for slot in range(len(slots)) if slot not in {child.slot for child in children}]
+                free = [slot for slot in range(len(slots)) if slot not in {one.slot for one in running}]
                 if trial.folder in busy or not free:
                     continue
                 if is_held(trial.folder):  # by a trial whose sweep was killed: it is going on by itself
@@ -238,20 +221,15 @@ def run_trials(
                     told_of.discard(trial.folder)
                     changed = True  # it has ended, one way or the other
                     continue
-                children.append(begin(trial, free[0], slots[free[0]], say=say))
+                running.append(begin_trial(trial, free[0], slots[free[0]], say=say))
                 busy.add(trial.folder)
-            if not (children or elsewhere or changed):
+            if not (running or elsewhere or changed):
                 return problems
             time.sleep(TICK_SECONDS)
     finally:
-        if children:
-            say(f"stopping {len(children)} trial{'s' if len(children) > 1 else ''}, which save first")
-        for child in children:
-            with suppress(ProcessLookupError):
-                child.process.terminate()
-        for child in children:
-            child.process.wait()
-        if children:
+        if running:
+            say(f"stopping {len(running)} trial{'s' if len(running) > 1 else ''}, which save first")
+            end_all([one.child for one in running])
             write_results(out, results(targets, problems, early_stop=early_stop), about=about)
             say("stopped; the same command goes on from there")
 
@@ -266,43 +244,34 @@ def left_to_do(target: Target, problems: Mapping[Path, str], *, early_stop: bool
     return [trial for trial in finals if not is_over(trial, problems, early_stop=early_stop)]
 
 
-def begin(trial: Trial, slot: int, environment: Mapping[str, str], *, say: Say) -> Child:
+def begin_trial(trial: Trial, slot: int, environment: Mapping[str, str], *, say: Say) -> Running:
     """Start a trial's process; what it prints goes to a file beside its run directory."""
-    log = trial.folder.parent / "logs" / f"{trial.folder.name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
     before = evaluations(trial.folder)
-    with open(log, "ab") as file:
-        start = file.tell()
-        process = subprocess.Popen(
-            trial.command(),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-        )
+    log = trial.folder.parent / "logs" / f"{trial.folder.name}.txt"
+    child = begin(trial.command(), log, environment=environment)
     say(f"{trial.label}: {'goes on' if before or last_begun(trial) else 'begins'}, {trial.steps:,} steps")
-    return Child(trial, slot, process, log, start, told=max(before, default=0))
+    return Running(trial, slot, child, told=max(before, default=0))
 
 
 def last_begun(trial: Trial) -> bool:
     return any((trial.folder / "checkpoints").glob("step_*"))
 
 
-def watch(child: Child, *, early_stop: bool, say: Say) -> None:
+def watch(one: Running, *, early_stop: bool, say: Say) -> None:
     """Tell of new evaluations, and stop a trial that is hopeless."""
-    trial = child.trial
+    trial = one.trial
     own = evaluations(trial.folder)
-    for step in sorted(step for step in own if child.told < step < trial.steps):  # the last one comes with the result
+    for step in sorted(step for step in own if one.told < step < trial.steps):  # the last one comes with the result
         say(f"{trial.label}: step {step:,} of {trial.steps:,}, top-1 {share(own[step]).strip()}")
-        child.told = step
-    if not early_stop or trial.final or child.is_stopped:
+        one.told = step
+    if not early_stop or trial.final or one.is_stopped:
         return
     others = [evaluations(other.folder) for other in trial.target.trials if other.folder != trial.folder]
     reason = hopeless(own, others, steps=trial.steps, images=trial.target.dev_examples)
     if reason is not None:
         write_json(trial.folder / STOPPED, reason)  # first, so that a kill in between changes nothing
-        child.is_stopped = True
-        child.process.terminate()
+        one.is_stopped = True
+        one.child.process.terminate()
 
 
 def hopeless(
@@ -329,38 +298,14 @@ def hopeless(
     return None
 
 
-def conclude(child: Child, problems: dict[Path, str], *, say: Say) -> None:
+def conclude(one: Running, problems: dict[Path, str], *, say: Say) -> None:
     """Say how a process ended, and keep why if it failed."""
-    trial, code = child.trial, child.process.returncode
-    seconds = time.monotonic() - child.started
+    trial, child = one.trial, one.child
     end = outcome(trial, problems)
     if end.state == "finished":
-        say(f"{trial.label}: top-1 {share(end.top1).strip()}, in {duration(seconds)}")
-    elif child.is_stopped:
+        say(f"{trial.label}: top-1 {share(end.top1).strip()}, in {duration(child.seconds)}")
+    elif one.is_stopped:
         say(f"{trial.label}: stopped early, {end.problem}")
     else:
-        problems[trial.folder] = reason_of(code, child.log, child.log_start)
+        problems[trial.folder] = child.reason()
         say(f"{trial.label}: failed: {problems[trial.folder]} (all of it: {child.log})")
-
-
-def reason_of(code: int, log: Path, start: int) -> str:
-    """Return why a process failed, in one line: its own error message, else the last line it printed."""
-    if code < 0:
-        memory = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
-        return f"killed by {signal.Signals(-code).name}{memory}"
-    with open(log, "rb") as file:
-        file.seek(start)
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    own = [line.removeprefix("vit: ") for line in lines if line.startswith("vit: ")]
-    return (own or lines or [f"exit code {code}"])[-1]
-
-
-def is_held(run_dir: Path) -> bool:
-    """Tell whether a process is writing to a run directory."""
-    if not (run_dir / ".lock").exists():
-        return False
-    try:
-        with lock_run(run_dir):
-            return False
-    except RunExistsError:
-        return True

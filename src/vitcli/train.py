@@ -266,7 +266,12 @@ def warn_of_copies(job: Job, *, say: Say) -> None:
 def rehearse(job: Job, start: Pretrained) -> LoadReport:
     """Return the report of loading weights to start from, without the memory or the work; raises CheckpointError."""
     with torch.device("meta"):
-        model = build_model(job.config.model, image_size=job.config.data.image_size, num_classes=job.plan.num_classes)
+        model = build_model(
+            job.config.model,
+            image_size=job.config.data.image_size,
+            num_classes=job.plan.num_classes,
+            patch_permutation=job.config.data.patch_permutation,
+        )
     return load_start(model, start)
 
 

@@ -1,4 +1,4 @@
-"""Test-time augmentation: a model asked about several views of each image, and its answers averaged.
+"""Other views of an image: several of each with the answers averaged (test-time augmentation), or one that has moved.
 
 Averaged are probabilities, as Krizhevsky et al. (2012, section 4.1) do with ten crops; what comes out is their logarithm (of a
 sigmoid head the logit), which works like logits wherever these are expected.
@@ -14,7 +14,7 @@ from torch import Tensor
 from vitcli.errors import ConfigError
 from vitcli.forward import Forward
 
-__all__ = ["TTA_KINDS", "tta_forward", "tta_views"]
+__all__ = ["TTA_KINDS", "moved_forward", "tta_forward", "tta_views"]
 
 TTA_KINDS = ("flip", "crops5", "flip+crops5")
 CROP_SHARE = 7 / 8  # of each side: 224 out of 256
@@ -55,6 +55,18 @@ def tta_forward(kind: str, *, loss: Literal["softmax", "sigmoid"] = "softmax") -
         return torch.logit(mean, eps=1e-7)
 
     return forward
+
+
+def moved_forward(forward: Forward, *, down: int, right: int) -> Forward:
+    """Return a function that asks about images (b, 3, H, W) moved by so many px, edges repeated; negative is up and left."""
+
+    def moved(model: Any, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        rows = (torch.arange(height, device=images.device) - down).clamp(0, height - 1)
+        columns = (torch.arange(width, device=images.device) - right).clamp(0, width - 1)
+        return forward(model, images[:, :, rows][:, :, :, columns])
+
+    return moved
 
 
 def views_of(images: Tensor, kind: str) -> Iterator[Tensor]:

@@ -165,6 +165,94 @@ def fractal_noise(side: int, seed: int) -> Singles:
     return (plane / np.abs(plane).max()).astype(np.float32)
 
 
+class Canvas:
+    """Where scenes become pixels: planes of coordinates and noise for images of one size.
+
+    Args:
+        image_size: (height, width), px.
+        period: side of the plane of fractal noise, px, a power of 2 well above the image's sides, so that crops differ.
+        fractal_seed, grain_seed: of the noise.
+    """
+
+    def __init__(self, image_size: tuple[int, int], *, period: int, fractal_seed: int, grain_seed: int) -> None:
+        self.height, self.width = image_size
+        self.period = period
+        self.pixels = min(image_size) / 2  # per unit of length: the short side runs from -1 to 1
+        down, across = (((np.arange(n) + 0.5 - n / 2) / self.pixels).astype(np.float32) for n in image_size)
+        self.x, self.y = torch.from_numpy(across).view(1, 1, -1), torch.from_numpy(down).view(1, -1, 1)  # pixel centres
+        self.fractal = np.pad(2 * fractal_noise(period, fractal_seed), ((0, self.height), (0, self.width)), mode="wrap")
+        grain = normal(grain_seed, np.arange(NOISE_BANK // 64), 64).astype(np.float32)
+        self.grain = np.pad(grain.ravel(), (0, 3 * self.height * self.width), mode="wrap")
+
+    def paint_all(self, scenes: Scenes) -> NDArray[np.uint8]:
+        """Paint images, uint8 (B, H, W, 3), few at a time."""
+        count = max(1, CHUNK_PIXELS // (self.height * self.width))
+        B = scenes.grain.shape[-1]
+        images = np.empty((B, self.height, self.width, 3), dtype=np.uint8)
+        for start in range(0, B, count):
+            part = slice(start, start + count)
+            images[part] = self.paint(scenes.part(part))
+        return images
+
+    def paint(self, scenes: Scenes) -> NDArray[np.uint8]:
+        """Paint images, uint8 (B, H, W, 3), back to front."""
+        B, H, W = scenes.grain.shape[-1], self.height, self.width
+
+        def per_image(numbers: Singles) -> tuple[Tensor, ...]:
+            """Turn (n, B) into n tensors (B, 1, 1)."""
+            return torch.from_numpy(numbers).view(-1, B, 1, 1).unbind()
+
+        crops, corners = sliding_window_view(self.fractal, (H, W)), scenes.corners
+        veil, marble = (torch.from_numpy(crops[corners[k], corners[k + 1]]) for k in (0, 2))  # (B, H, W)
+        middle, swing, slope = per_image(scenes.middle), per_image(scenes.swing), per_image(scenes.slope)
+        veil.add_(slope[0] * self.x + slope[1] * self.y)
+        image = [(veil * swing[k]).add_(middle[k]) for k in range(3)]  # red, green, blue: (B, H, W) each
+
+        layers = torch.from_numpy(scenes.layers).view(len(scenes.layers), -1, B, 1, 1)
+        across = (layers[:, 0:3] * self.x + layers[:, 6:9]).unbind()  # u, v, turns by column: for each layer (3, B, 1, W)
+        down = (layers[:, 3:6] * self.y).unbind()  # and by row: (3, B, H, 1)
+        for n in range(len(layers)):
+            sharpness, threshold, outward, warp, eight, sixteen, *rest = per_image(scenes.layers[n, 9:])
+            contour, colours = rest[:HARMONICS], rest[HARMONICS:]
+            u, v, turns = (c + r for c, r in zip(across[n].unbind(), down[n].unbind()))
+            square = v.mul_(v).add_(u * u)
+            radius = torch.from_numpy(np.sqrt(square.numpy()))  # PyTorch's would start threads
+            # Clenshaw's recurrence for sum_k contour[k] cos((k + 1) t), with u / radius = cos t.
+            cosine = u.div_(radius + 1e-6)
+            double = cosine + cosine
+            newer, older = double * contour[-1] + contour[-2], contour[-1]
+            for k in range(HARMONICS - 3, -1, -1):
+                newer, older = (double * newer).sub_(older).add_(contour[k]), newer
+            mask = cosine.mul_(newer).sub_(older).sub_(radius).mul_(sharpness).add_(threshold).clamp_(0, 1)
+
+            turns.add_(radius.mul_(outward))
+            turns.add_(marble * warp)
+            turns.sub_((turns + ROUNDER).sub_(ROUNDER))  # to the nearest whole turn
+            # t (8 - 16 |t|) is within 0.06 of sin(2 pi t), for exact arithmetic and fewer cycles.
+            texture = turns.mul_(turns.abs().mul_(sixteen).add_(eight)).clamp_(-1, 1)
+            shade = square.mul_(-0.25).add_(1.1)  # darker outwards, as round things lit from the front
+            for k in range(3):
+                colour = (texture * colours[3 + k]).add_(colours[k]).mul_(shade)
+                image[k].add_(colour.sub_(image[k]).mul_(mask))
+
+        runs = sliding_window_view(self.grain, 3 * H * W)
+        grain = torch.from_numpy(runs[scenes.starts[0]]).view(B, 3, H, W)
+        amplitude = per_image(255 * scenes.grain)[0]
+        pixels = torch.empty(B, H, W, 3, dtype=torch.uint8)
+        for k in range(3):
+            pixels[..., k] = image[k].mul_(255).add_(grain[:, k].mul_(amplitude)).add_(0.5).clamp_(0, 255)
+        return pixels.numpy()
+
+
+def balanced_labels(
+    indices: ArrayLike, *, classes: int, order_seed: int, offset_seed: int, name_seed: int
+) -> NDArray[np.int64]:
+    """Return the labels, int64 (B,), of examples (B,): each block of `classes` examples shows every class once."""
+    block, position = np.divmod(np.asarray(indices, dtype=np.int64), classes)
+    offset = (uniform(offset_seed, block, 1)[:, 0] * classes).astype(np.int64)  # so that no two blocks are in one order
+    return permute((permute(position, classes, order_seed) + offset) % classes, classes, name_seed)
+
+
 class ShapesSource(SourceDefaults):
     """The embedded corpus as a map-style source: any example of any split, at any size, made on request.
 
@@ -203,16 +291,13 @@ class ShapesSource(SourceDefaults):
             for use in ("order", "offset", "name", "scene", "clutter", "jitter")
         )
 
-        self.pixels = min(image_size) / 2  # per unit of length: the short side runs from -1 to 1
-        self.reach = np.array([self.width, self.height]) / (2 * self.pixels)  # (x, y) of the image's far corner
-        down, across = (((np.arange(n) + 0.5 - n / 2) / self.pixels).astype(np.float32) for n in image_size)
-        self.x, self.y = torch.from_numpy(across).view(1, 1, -1), torch.from_numpy(down).view(1, -1, 1)  # pixel centres
-
-        self.period = 1 << max(8, (4 * max(image_size) - 1).bit_length())  # four images wide or more, so that crops differ
-        plane = 2 * fractal_noise(self.period, derive_seed("shapes", VERSION, seed, "fractal"))
-        self.fractal = np.pad(plane, ((0, self.height), (0, self.width)), mode="wrap")
-        grain = normal(derive_seed("shapes", VERSION, seed, "grain"), np.arange(NOISE_BANK // 64), 64).astype(np.float32)
-        self.grain = np.pad(grain.ravel(), (0, 3 * self.height * self.width), mode="wrap")
+        self.canvas = Canvas(
+            image_size,
+            period=1 << max(8, (4 * max(image_size) - 1).bit_length()),  # four images wide or more
+            fractal_seed=derive_seed("shapes", VERSION, seed, "fractal"),
+            grain_seed=derive_seed("shapes", VERSION, seed, "grain"),
+        )
+        self.reach = np.array([self.width, self.height]) / (2 * self.canvas.pixels)  # (x, y) of the image's far corner
 
     def __len__(self) -> int:
         return self.examples
@@ -224,10 +309,8 @@ class ShapesSource(SourceDefaults):
 
     def label_of(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Return the labels, int64 (B,), of examples (B,): each block of `classes` examples shows every class once."""
-        K = self.num_classes
-        block, position = np.divmod(np.asarray(indices, dtype=np.int64), K)
-        offset = (uniform(self.offset_seed, block, 1)[:, 0] * K).astype(np.int64)  # so that no two blocks are in one order
-        return permute((permute(position, K, self.order_seed) + offset) % K, K, self.name_seed)
+        seeds = {"order_seed": self.order_seed, "offset_seed": self.offset_seed, "name_seed": self.name_seed}
+        return balanced_labels(indices, classes=self.num_classes, **seeds)
 
     def batch(self, indices: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Return images, uint8 (B, H, W, 3), and labels, int64 (B,), of examples (B,) in [0, len).
@@ -240,13 +323,9 @@ class ShapesSource(SourceDefaults):
             raise IndexError(f"examples are numbered 0 to {self.examples - 1}, got {int(i.min())} to {int(i.max())}")
         labels = self.label_of(i)
         images = np.empty((len(i), self.height, self.width, 3), dtype=np.uint8)
-        count = max(1, CHUNK_PIXELS // (self.height * self.width))
         for first in range(0, len(i), SCENES_AT_ONCE):
             chosen = slice(first, first + SCENES_AT_ONCE)
-            all_scenes, painted = self.scenes(i[chosen], labels[chosen]), images[chosen]
-            for start in range(0, len(painted), count):
-                part = slice(start, start + count)
-                painted[part] = self.paint(all_scenes.part(part))
+            images[chosen] = self.canvas.paint_all(self.scenes(i[chosen], labels[chosen]))
         return images, labels
 
     def scenes(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> Scenes:
@@ -270,7 +349,7 @@ class ShapesSource(SourceDefaults):
         clutter = things_from(uniform(self.clutter_seed, i, PART_DRAWS).reshape(B, 1, PART_DRAWS))
         clutter = replace(clutter, centre=(2 * u[:, None, 11:13] - 1) * 1.1 * self.reach)
         light = 0.2 * (u[:, None, 17:20] - 0.5)
-        layers = np.concatenate([pack(clutter, light, self.pixels), pack(parts, light, self.pixels)], 1)
+        layers = np.concatenate([pack(clutter, light, self.canvas.pixels), pack(parts, light, self.canvas.pixels)], 1)
 
         colours = 0.6 * design[:, :6] + 0.4 * u[:, 20:26]
         first, second = muted(colours[:, :3]), muted(colours[:, 3:])
@@ -279,56 +358,7 @@ class ShapesSource(SourceDefaults):
             swing=((first - second).T / 2).astype(np.float32),
             slope=(u[:, 26:28].T - 0.5).astype(np.float32),
             grain=(0.08 * u[:, 28:29].T ** 2).astype(np.float32),
-            corners=(u[:, 29:33].T * self.period).astype(np.int64),
+            corners=(u[:, 29:33].T * self.canvas.period).astype(np.int64),
             starts=(u[:, 33:34].T * NOISE_BANK).astype(np.int64),
             layers=np.ascontiguousarray(layers.transpose(1, 2, 0), np.float32),
         )
-
-    def paint(self, scenes: Scenes) -> NDArray[np.uint8]:
-        """Paint images, uint8 (B, H, W, 3), back to front."""
-        B, H, W = scenes.grain.shape[-1], self.height, self.width
-
-        def per_image(numbers: Singles) -> tuple[Tensor, ...]:
-            """Turn (n, B) into n tensors (B, 1, 1)."""
-            return torch.from_numpy(numbers).view(-1, B, 1, 1).unbind()
-
-        crops, corners = sliding_window_view(self.fractal, (H, W)), scenes.corners
-        veil, marble = (torch.from_numpy(crops[corners[k], corners[k + 1]]) for k in (0, 2))  # (B, H, W)
-        middle, swing, slope = per_image(scenes.middle), per_image(scenes.swing), per_image(scenes.slope)
-        veil.add_(slope[0] * self.x + slope[1] * self.y)
-        image = [(veil * swing[k]).add_(middle[k]) for k in range(3)]  # red, green, blue: (B, H, W) each
-
-        layers = torch.from_numpy(scenes.layers).view(LAYERS, -1, B, 1, 1)
-        across = (layers[:, 0:3] * self.x + layers[:, 6:9]).unbind()  # u, v, turns by column: LAYERS times (3, B, 1, W)
-        down = (layers[:, 3:6] * self.y).unbind()  # and by row: (3, B, H, 1)
-        for n in range(LAYERS):
-            sharpness, threshold, outward, warp, eight, sixteen, *rest = per_image(scenes.layers[n, 9:])
-            contour, colours = rest[:HARMONICS], rest[HARMONICS:]
-            u, v, turns = (c + r for c, r in zip(across[n].unbind(), down[n].unbind()))
-            square = v.mul_(v).add_(u * u)
-            radius = torch.from_numpy(np.sqrt(square.numpy()))  # PyTorch's would start threads
-            # Clenshaw's recurrence for sum_k contour[k] cos((k + 1) t), with u / radius = cos t.
-            cosine = u.div_(radius + 1e-6)
-            double = cosine + cosine
-            newer, older = double * contour[-1] + contour[-2], contour[-1]
-            for k in range(HARMONICS - 3, -1, -1):
-                newer, older = (double * newer).sub_(older).add_(contour[k]), newer
-            mask = cosine.mul_(newer).sub_(older).sub_(radius).mul_(sharpness).add_(threshold).clamp_(0, 1)
-
-            turns.add_(radius.mul_(outward))
-            turns.add_(marble * warp)
-            turns.sub_((turns + ROUNDER).sub_(ROUNDER))  # to the nearest whole turn
-            # t (8 - 16 |t|) is within 0.06 of sin(2 pi t), for exact arithmetic and fewer cycles.
-            texture = turns.mul_(turns.abs().mul_(sixteen).add_(eight)).clamp_(-1, 1)
-            shade = square.mul_(-0.25).add_(1.1)  # darker outwards, as round things lit from the front
-            for k in range(3):
-                colour = (texture * colours[3 + k]).add_(colours[k]).mul_(shade)
-                image[k].add_(colour.sub_(image[k]).mul_(mask))
-
-        runs = sliding_window_view(self.grain, 3 * H * W)
-        grain = torch.from_numpy(runs[scenes.starts[0]]).view(B, 3, H, W)
-        amplitude = per_image(255 * scenes.grain)[0]
-        pixels = torch.empty(B, H, W, 3, dtype=torch.uint8)
-        for k in range(3):
-            pixels[..., k] = image[k].mul_(255).add_(grain[:, k].mul_(amplitude)).add_(0.5).clamp_(0, 255)
-        return pixels.numpy()

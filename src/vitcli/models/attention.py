@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attention", "AttentionPool", "AxialAttention", "Mlp", "attend"]
+__all__ = ["Attention", "AttentionPool", "AxialAttention", "Mlp", "attend", "reset_mlp"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, bias: Tensor | None = None) -> Tensor:
@@ -146,6 +146,13 @@ class Mlp(nn.Module):
         x = self.drop(self.act(self.fc1(x)))  # (B, N, M)
         output: Tensor = self.drop(self.fc2(x))
         return output
+
+
+def reset_mlp(mlp: Mlp) -> None:
+    """Draw Xavier-uniform weights and biases of almost zero."""
+    for dense in (mlp.fc1, mlp.fc2):
+        nn.init.xavier_uniform_(dense.weight)
+        nn.init.normal_(dense.bias, std=1e-6)
 
 
 class AttentionPool(nn.Module):

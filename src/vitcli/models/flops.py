@@ -14,8 +14,6 @@ from vitcli.model_config import ModelConfig, kept_patches, stem_stride
 
 __all__ = ["activation_bytes", "count_parameters", "count_tokens", "forward_flops", "training_flops"]
 
-GROUPS = 32  # of a GroupNorm; it keeps a mean and a deviation of each
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -102,8 +100,8 @@ def activation_bytes(
 
 
 def count_tokens(section: ModelConfig, *, image_size: tuple[int, int]) -> int | None:
-    """Return the length of the Transformer's sequence, or None for a ResNet."""
-    if section.kind == "resnet":
+    """Return the length of the Transformer's sequence, or None for a ResNet or an MLP."""
+    if section.kind != "vit":
         return None
     rows, columns = grid(section, image_size)
     return (section.pool == "token") + section.registers + rows * columns
@@ -113,6 +111,8 @@ def costs(section: ModelConfig, *, image_size: tuple[int, int], num_classes: int
     """Return what a resolved section's model costs; in training, patch dropout leaves tokens out."""
     if section.kind == "resnet":
         return resnet_costs(section, image_size=image_size, num_classes=num_classes)
+    if section.kind == "mlp":
+        return mlp_costs(section, image_size=image_size, num_classes=num_classes)
     return transformer_costs(section, image_size=image_size, num_classes=num_classes, training=training)
 
 
@@ -209,6 +209,20 @@ def norm(width: int, *, times: int = 1) -> Cost:
     return Cost(parameters=2 * width, kept=times * (width + 2))
 
 
+# ------------------------------------------------------------------------------------------------------------------- mlp
+
+
+def mlp_costs(section: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> Costs:
+    width, depth, mlp_dim = section.width, section.depth, section.mlp_dim
+    assert width and depth and mlp_dim
+    block = norm(width) + linear(width, mlp_dim) + Cost(kept=mlp_dim) + linear(mlp_dim, width)
+    if section.dropout:
+        block += Cost(kept=mlp_dim + width)
+    block = Cost(block.multiply_adds, block.parameters, block.kept, block.kept_bytes, first=width)
+    outside = linear(3 * math.prod(image_size), width) + norm(width) + linear(width, num_classes)
+    return Costs([block] * depth, outside)
+
+
 # ---------------------------------------------------------------------------------------------------------------- resnet
 
 
@@ -224,15 +238,16 @@ def convolution(inputs: int, outputs: int, *, side: int, size: tuple[int, int]) 
     return Cost(weights * math.prod(size), weights)
 
 
-def group_norm(channels: int, *, size: tuple[int, int], active: bool = True) -> Cost:
-    """Cost a GroupNorm, which keeps what it is given, and with a ReLU behind it, what that returns."""
+def group_norm(channels: int, *, size: tuple[int, int], groups: int, active: bool = True) -> Cost:
+    """Cost a GroupNorm, which keeps what it is given, with mean and deviation of each group, and a ReLU's result behind it."""
     values = channels * math.prod(size)
-    return Cost(parameters=2 * channels, kept=values * (2 if active else 1) + 2 * GROUPS)
+    return Cost(parameters=2 * channels, kept=values * (2 if active else 1) + 2 * groups)
 
 
 def resnet_costs(section: ModelConfig, *, image_size: tuple[int, int], num_classes: int) -> Costs:
     assert section.resnet_units and section.resnet_width
-    width, size = section.resnet_width, image_size
+    width, size, norm_of = section.resnet_width, image_size, partial(group_norm, groups=section.group_norm_groups)
+    spatial = section.resnet_spatial_units or section.resnet_units
     outside = Cost(kept=3 * math.prod(size))
     if section.resnet_root == "large":
         size = halved(size)
@@ -247,31 +262,31 @@ def resnet_costs(section: ModelConfig, *, image_size: tuple[int, int], num_class
         middle = width * 2**block
         for unit in range(count):
             new = halved(size) if block and not unit else size
-            cost = group_norm(inputs, size=size) + convolution(inputs, middle, side=1, size=size)
-            cost += group_norm(middle, size=size) + convolution(middle, middle, side=3, size=new)
-            cost += group_norm(middle, size=new) + convolution(middle, 4 * middle, side=1, size=new)
+            cost = norm_of(inputs, size=size) + convolution(inputs, middle, side=1, size=size)
+            cost += norm_of(middle, size=size) + convolution(middle, middle, side=3 if unit < spatial[block] else 1, size=new)
+            cost += norm_of(middle, size=new) + convolution(middle, 4 * middle, side=1, size=new)
             if not unit:
                 cost += convolution(inputs, 4 * middle, side=1, size=new)
             first = inputs * math.prod(size)
             units.append(Cost(cost.multiply_adds, cost.parameters, cost.kept, cost.kept_bytes, first))
             size, inputs = new, 4 * middle
-    outside += group_norm(inputs, size=size) + linear(inputs, num_classes)
+    outside += norm_of(inputs, size=size) + linear(inputs, num_classes)
     return Costs(units, outside)
 
 
 def stem_costs(section: ModelConfig, image_size: tuple[int, int]) -> tuple[list[Cost], Cost, int]:
     """Return the units of a hybrid's ResNet, what lies around them, and the channels it ends with."""
     assert section.resnet_units is not None and section.resnet_width
-    width, size = section.resnet_width, image_size
+    width, size, norm_of = section.resnet_width, image_size, partial(group_norm, groups=section.group_norm_groups)
     outside = Cost(kept=3 * math.prod(size))
     if section.resnet_root == "large":
         size = halved(size)
         outside = Cost(kept=padding(3, image_size, side=7) or 3 * math.prod(image_size))
-        outside += convolution(3, width, side=7, size=size) + group_norm(width, size=size)
+        outside += convolution(3, width, side=7, size=size) + norm_of(width, size=size)
         size = halved(size)
         outside += Cost(kept_bytes=8 * width * math.prod(size))  # where the largest lay
     else:
-        outside += convolution(3, width, side=3, size=size) + group_norm(width, size=size)
+        outside += convolution(3, width, side=3, size=size) + norm_of(width, size=size)
     units: list[Cost] = []
     inputs = width
     for block, count in enumerate(section.resnet_units):
@@ -280,12 +295,12 @@ def stem_costs(section: ModelConfig, image_size: tuple[int, int]) -> tuple[list[
             new = halved(size) if block and not unit else size
             first = inputs * math.prod(size)
             cost = Cost(kept=0 if not units and section.resnet_root == "small" else first)  # then the root's ReLU keeps it
-            cost += convolution(inputs, middle, side=1, size=size) + group_norm(middle, size=size)
+            cost += convolution(inputs, middle, side=1, size=size) + norm_of(middle, size=size)
             cost += Cost(kept=padding(middle, size, side=3) if new != size else 0)
-            cost += convolution(middle, middle, side=3, size=new) + group_norm(middle, size=new)
-            cost += convolution(middle, 4 * middle, side=1, size=new) + group_norm(4 * middle, size=new, active=False)
+            cost += convolution(middle, middle, side=3, size=new) + norm_of(middle, size=new)
+            cost += convolution(middle, 4 * middle, side=1, size=new) + norm_of(4 * middle, size=new, active=False)
             if not unit:
-                cost += convolution(inputs, 4 * middle, side=1, size=new) + group_norm(4 * middle, size=new, active=False)
+                cost += convolution(inputs, 4 * middle, side=1, size=new) + norm_of(4 * middle, size=new, active=False)
             units.append(Cost(cost.multiply_adds, cost.parameters, cost.kept, cost.kept_bytes, first))
             size, inputs = new, 4 * middle
     return units, outside + Cost(kept=inputs * math.prod(size) if units else 0), inputs

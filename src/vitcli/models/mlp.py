@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vitcli.models.attention import Mlp
+from vitcli.models.attention import Mlp, reset_mlp
 from vitcli.models.initial import lecun_normal_
 from vitcli.models.permutation import PatchPermutation, as_seen
 
@@ -110,6 +110,6 @@ class PixelMlp(nn.Module):
         nn.init.zeros_(self.stem.bias)
         for module in self.blocks.modules():
             if isinstance(module, Mlp):
-                module.reset_parameters()
+                reset_mlp(module)
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, self.head_bias)

@@ -2,7 +2,7 @@
 
 The same for every image, in training and evaluation. A Transformer with learned positions is unharmed by construction, as each
 position can be learned where it came from; a convolution finds strangers at the borders, and one whose field is larger than a
-patch sees little else. It is inside the model, behind everything that is done to an image: crops, mixup, moved and mirrored views.
+patch sees little else. It is inside the model, behind all that is done to an image: crops, mixup, moved and mirrored views.
 """
 
 import numpy as np

@@ -8,7 +8,7 @@ models_resnet.py). Tensor names are timm's, but for the head, which here is a li
 B batch, H W sides, C channels, M channels inside a unit (a quarter of its output's), K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcli.models.initial import lecun_normal_
+from vitcli.models.permutation import PatchPermutation, as_seen
 
-__all__ = ["GROUPS", "ResNet", "ResNetStem", "standardise"]
+__all__ = ["ResNet", "ResNetStem", "standardise"]
 
-GROUPS = 32  # of every GroupNorm
 EXPANSION = 4  # a unit's output channels, of its inner ones
 
 Standardisation = Literal["std", "bit", "timm"]
+Norm = Callable[[int], nn.GroupNorm]  # of so many channels
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers
@@ -85,11 +86,11 @@ class Downsample(nn.Module):
     """The shortcut of a block's first unit: a 1x1 convolution to the new size and number of channels, normed in the stem."""
 
     def __init__(
-        self, inputs: int, outputs: int, *, stride: int, standardisation: Standardisation, same: bool, norm_eps: float | None
+        self, inputs: int, outputs: int, *, stride: int, standardisation: Standardisation, same: bool, norm: Norm | None
     ) -> None:
         super().__init__()
         self.conv = StandardisedConv(inputs, outputs, side=1, stride=stride, same=same, standardisation=standardisation)
-        self.norm = nn.Identity() if norm_eps is None else nn.GroupNorm(GROUPS, outputs, eps=norm_eps)
+        self.norm = nn.Identity() if norm is None else norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, I, H, W) to (B, O, H / stride, W / stride)."""
@@ -98,21 +99,25 @@ class Downsample(nn.Module):
 
 
 class PreActivationUnit(nn.Module):
-    """BiT's residual unit: norm and ReLU before each convolution; the shortcut's convolution reads the first ReLU."""
+    """BiT's residual unit: norm and ReLU before each convolution; the shortcut's convolution reads the first ReLU.
+
+    Args:
+        side: of the kernel in the middle: 3, or 1 for a unit that looks at no neighbours (BagNet, 1904.00760).
+    """
 
     def __init__(
-        self, inputs: int, middle: int, *, stride: int, first: bool, standardisation: Standardisation, group_norm_eps: float
+        self, inputs: int, middle: int, *, stride: int, first: bool, side: int, standardisation: Standardisation, norm: Norm
     ) -> None:
         super().__init__()
         outputs = EXPANSION * middle
         convolution = partial(StandardisedConv, same=False, standardisation=standardisation)
-        self.norm1 = nn.GroupNorm(GROUPS, inputs, eps=group_norm_eps)
+        self.norm1 = norm(inputs)
         self.conv1 = convolution(inputs, middle, side=1)
-        self.norm2 = nn.GroupNorm(GROUPS, middle, eps=group_norm_eps)
-        self.conv2 = convolution(middle, middle, side=3, stride=stride)
-        self.norm3 = nn.GroupNorm(GROUPS, middle, eps=group_norm_eps)
+        self.norm2 = norm(middle)
+        self.conv2 = convolution(middle, middle, side=side, stride=stride)
+        self.norm3 = norm(middle)
         self.conv3 = convolution(middle, outputs, side=1)
-        shortcut = partial(Downsample, same=False, standardisation=standardisation, norm_eps=None)
+        shortcut = partial(Downsample, same=False, standardisation=standardisation, norm=None)
         self.downsample = shortcut(inputs, outputs, stride=stride) if first else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,18 +134,18 @@ class PostActivationUnit(nn.Module):
     """The hybrids' residual unit: norm and ReLU after each convolution, the last ReLU after the sum; SAME padding."""
 
     def __init__(
-        self, inputs: int, middle: int, *, stride: int, first: bool, standardisation: Standardisation, group_norm_eps: float
+        self, inputs: int, middle: int, *, stride: int, first: bool, side: int, standardisation: Standardisation, norm: Norm
     ) -> None:
         super().__init__()
         outputs = EXPANSION * middle
         convolution = partial(StandardisedConv, same=True, standardisation=standardisation)
         self.conv1 = convolution(inputs, middle, side=1)
-        self.norm1 = nn.GroupNorm(GROUPS, middle, eps=group_norm_eps)
-        self.conv2 = convolution(middle, middle, side=3, stride=stride)
-        self.norm2 = nn.GroupNorm(GROUPS, middle, eps=group_norm_eps)
+        self.norm1 = norm(middle)
+        self.conv2 = convolution(middle, middle, side=side, stride=stride)
+        self.norm2 = norm(middle)
         self.conv3 = convolution(middle, outputs, side=1)
-        self.norm3 = nn.GroupNorm(GROUPS, outputs, eps=group_norm_eps)
-        shortcut = partial(Downsample, same=True, standardisation=standardisation, norm_eps=group_norm_eps)
+        self.norm3 = norm(outputs)
+        shortcut = partial(Downsample, same=True, standardisation=standardisation, norm=norm)
         self.downsample = shortcut(inputs, outputs, stride=stride) if first else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,14 +170,14 @@ class Root(nn.Module):
         root: Literal["large", "small"],
         same: bool,
         standardisation: Standardisation,
-        norm_eps: float | None,
+        norm: Norm | None,
     ) -> None:
         super().__init__()
         self.pool = root == "large"
         self.same = same
         side, stride = (7, 2) if root == "large" else (3, 1)
         self.conv = StandardisedConv(3, width, side=side, stride=stride, same=same, standardisation=standardisation)
-        self.norm = None if norm_eps is None else nn.GroupNorm(GROUPS, width, eps=norm_eps)
+        self.norm = None if norm is None else norm(width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) to (B, C, H / 4, W / 4), or to (B, C, H, W)."""
@@ -190,18 +195,19 @@ class Root(nn.Module):
 
 
 class Stage(nn.Module):
-    """One block of residual units; the first one changes size and channels."""
+    """One block of residual units; the first one changes size and channels, the first `spatial` ones look at neighbours."""
 
     def __init__(
         self,
         kind: type[PreActivationUnit] | type[PostActivationUnit],
         *,
         units: int,
+        spatial: int,
         inputs: int,
         middle: int,
         stride: int,
         standardisation: Standardisation,
-        group_norm_eps: float,
+        norm: Norm,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -210,8 +216,9 @@ class Stage(nn.Module):
                 middle,
                 stride=1 if unit else stride,
                 first=unit == 0,
+                side=3 if unit < spatial else 1,
                 standardisation=standardisation,
-                group_norm_eps=group_norm_eps,
+                norm=norm,
             )
             for unit in range(units)
         )
@@ -229,18 +236,24 @@ def build_stages(
     units: Sequence[int],
     width: int,
     standardisation: Standardisation,
-    group_norm_eps: float,
+    norm: Norm,
+    spatial_units: Sequence[int] | None = None,
 ) -> nn.ModuleList:
-    """Build the blocks: each halves the sides and doubles the channels, but for the first one's sides."""
+    """Build the blocks: each halves the sides and doubles the channels, but for the first one's sides.
+
+    Args:
+        spatial_units: units of each block, from its first on, with 3x3 kernels, the others' being 1x1; None for all.
+    """
     return nn.ModuleList(
         Stage(
             kind,
             units=count,
+            spatial=count if spatial_units is None else spatial_units[block],
             inputs=2 * width * 2**block if block else width,
             middle=width * 2**block,
             stride=2 if block else 1,
             standardisation=standardisation,
-            group_norm_eps=group_norm_eps,
+            norm=norm,
         )
         for block, count in enumerate(units)
     )
@@ -268,16 +281,17 @@ class ResNetStem(nn.Module):
 
     Args:
         units: residual units of each block; empty for the root alone.
-        width: channels of the root; the 32 groups of a GroupNorm divide it.
+        width: channels of the root; a multiple of the groups.
         root: "large" as published, or "small" for small images.
         standardisation: "std" as in the authors' code, or "timm".
+        group_norm_groups: of every GroupNorm; 32 as published, fewer for narrower ones.
 
     Attributes:
         out_channels: of the feature map.
         stride: image pixels to one pixel of the feature map.
 
     Raises:
-        ValueError: 32 does not divide the width.
+        ValueError: the groups do not divide the width.
     """
 
     def __init__(
@@ -288,15 +302,14 @@ class ResNetStem(nn.Module):
         root: Literal["large", "small"] = "large",
         standardisation: Standardisation = "std",
         group_norm_eps: float = 1e-6,
+        group_norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        check_width(width)
+        norm = build_norm(width, groups=group_norm_groups, eps=group_norm_eps)
         self.out_channels = width * EXPANSION * 2 ** (len(units) - 1) if units else width
         self.stride = (4 if root == "large" else 1) * 2 ** max(0, len(units) - 1)
-        self.stem = Root(width, root=root, same=True, standardisation=standardisation, norm_eps=group_norm_eps)
-        self.stages = build_stages(
-            PostActivationUnit, units=units, width=width, standardisation=standardisation, group_norm_eps=group_norm_eps
-        )
+        self.stem = Root(width, root=root, same=True, standardisation=standardisation, norm=norm)
+        self.stages = build_stages(PostActivationUnit, units=units, width=width, standardisation=standardisation, norm=norm)
         self.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -324,13 +337,17 @@ class ResNet(nn.Module):
     Args:
         image_size: (height, width), px, of any size; only `features` looks at it.
         units: residual units of each block, such as (3, 4, 6, 3).
-        width: channels of the root, 64 x the width factor; the 32 groups of a GroupNorm divide it.
+        width: channels of the root, 64 x the width factor; a multiple of the groups.
         root: "large" as published, or "small" for small images.
         standardisation: "bit" as published.
+        group_norm_groups: of every GroupNorm; 32 as published, fewer for narrower ones.
+        spatial_units: units of each block, from its first on, whose kernels are 3x3, the others' being 1x1: so a feature sees
+            only a part of the image (BagNet, 1904.00760), but for what the norms' means and deviations tell it; None for all.
         head_bias: initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss.
+        patch_permutation: side of the squares that images are cut into and shown in another order, px; None as they are.
 
     Raises:
-        ValueError: no blocks, or 32 does not divide the width.
+        ValueError: no blocks, or the groups do not divide the width.
     """
 
     random = False  # nothing is drawn in training
@@ -345,20 +362,30 @@ class ResNet(nn.Module):
         root: Literal["large", "small"] = "large",
         standardisation: Standardisation = "bit",
         group_norm_eps: float = 1e-5,
+        group_norm_groups: int = 32,
+        spatial_units: Sequence[int] | None = None,
         head_bias: float = 0.0,
+        patch_permutation: int | None = None,
     ) -> None:
         super().__init__()
-        check_width(width)
+        norm = build_norm(width, groups=group_norm_groups, eps=group_norm_eps)
         if not units:
             raise ValueError("a ResNet needs a block of residual units, got none")
         self.image_size = image_size
         self.head_bias = head_bias
+        side = patch_permutation
+        self.permutation = None if side is None else PatchPermutation(image_size=image_size, side=side)
         channels = width * EXPANSION * 2 ** (len(units) - 1)
-        self.stem = Root(width, root=root, same=False, standardisation=standardisation, norm_eps=None)
+        self.stem = Root(width, root=root, same=False, standardisation=standardisation, norm=None)
         self.stages = build_stages(
-            PreActivationUnit, units=units, width=width, standardisation=standardisation, group_norm_eps=group_norm_eps
+            PreActivationUnit,
+            units=units,
+            width=width,
+            standardisation=standardisation,
+            norm=norm,
+            spatial_units=spatial_units,
         )
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=group_norm_eps)
+        self.norm = norm(channels)
         self.head = nn.Linear(channels, num_classes)
         self.reset_parameters()
 
@@ -373,9 +400,7 @@ class ResNet(nn.Module):
         Raises:
             ValueError: the images are not of the size the model was built for.
         """
-        if images.shape[-2:] != self.image_size:
-            raise ValueError(f"the model takes images of {self.image_size} px, got {tuple(images.shape[-2:])}")
-        x: Tensor = self.stem(images)
+        x: Tensor = self.stem(as_seen(images, image_size=self.image_size, permutation=self.permutation))
         for stage in self.stages:
             x = stage(x)
         return F.relu_(self.norm(x)).mean(dim=(2, 3))
@@ -394,6 +419,8 @@ class ResNet(nn.Module):
         nn.init.constant_(self.head.bias, self.head_bias)
 
 
-def check_width(width: int) -> None:
-    if width % GROUPS:
-        raise ValueError(f"resnet_width is {width}, which the {GROUPS} groups of a GroupNorm do not divide")
+def build_norm(width: int, *, groups: int, eps: float) -> Norm:
+    """Return a function of a number of channels, a multiple of the root's `width`, to their GroupNorm."""
+    if width % groups:
+        raise ValueError(f"resnet_width is {width}, which the {groups} groups of a GroupNorm do not divide")
+    return lambda channels: nn.GroupNorm(groups, channels, eps=eps)

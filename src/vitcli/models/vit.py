@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcli.model_config import kept_patches
-from vitcli.models.attention import Attention, AttentionPool, AxialAttention, Mlp
+from vitcli.models.attention import Attention, AttentionPool, AxialAttention, Mlp, reset_mlp
 from vitcli.models.initial import lecun_normal_
+from vitcli.models.permutation import PatchPermutation, as_seen
 from vitcli.models.positions import learned2d_positions, sincos2d_positions
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class VisionTransformer(nn.Module):
         gelu: the original uses the tanh approximation; timm and Hugging Face default to the exact one.
         head_bias: initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss.
         backbone: a ResNet whose feature map is cut into patches, instead of the image (section 3.1, hybrids).
+        patch_permutation: side of the squares that images are cut into and shown in another order, px; None as they are.
 
     Attributes:
         grid_size: (rows, columns) of patches.
@@ -206,6 +208,7 @@ class VisionTransformer(nn.Module):
         layer_norm_eps: float = 1e-6,
         head_bias: float = 0.0,
         backbone: "ResNetStem | None" = None,
+        patch_permutation: int | None = None,
     ) -> None:
         super().__init__()
         stride = patch_size * (1 if backbone is None else backbone.stride)
@@ -225,6 +228,8 @@ class VisionTransformer(nn.Module):
         self.random = self.masks_tokens or stochastic_depth > 0 or patch_dropout > 0
         rows, columns = self.grid_size
         tokens = self.num_prefix_tokens + registers + rows * columns
+        side = patch_permutation
+        self.permutation = None if side is None else PatchPermutation(image_size=image_size, side=side)
 
         self.patch_embed = PatchEmbed(patch_size=patch_size, width=width, backbone=backbone)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if pool == "token" else None
@@ -288,9 +293,7 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: the images are not of the size the model was built for.
         """
-        if images.shape[-2:] != self.image_size:
-            raise ValueError(f"the model takes images of {self.image_size} px, got {tuple(images.shape[-2:])}")
-        x = self.patch_embed(images)  # (B, P, D)
+        x = self.patch_embed(as_seen(images, image_size=self.image_size, permutation=self.permutation))  # (B, P, D)
         before = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         x = torch.cat([*before, x], dim=1) if before else x  # (B, N, D)
         positions = self.positions()
@@ -390,13 +393,6 @@ def reset_dense(dense: nn.Linear, *, parts: int = 1) -> None:
     for part in dense.weight.chunk(parts):
         nn.init.xavier_uniform_(part)
     nn.init.zeros_(dense.bias)
-
-
-def reset_mlp(mlp: Mlp) -> None:
-    """Draw Xavier-uniform weights and biases of almost zero."""
-    for dense in (mlp.fc1, mlp.fc2):
-        nn.init.xavier_uniform_(dense.weight)
-        nn.init.normal_(dense.bias, std=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- inspection

@@ -183,7 +183,10 @@ def fitted(weights: Pretrained, *, image_size: tuple[int, int] | None = None) ->
     if section.patch_size is not None:
         side = section.patch_size * stem_stride(section)
         grid = (height // side, width // side)
-    model = build_model(section, image_size=size, num_classes=len(weights.classes) or 1)
+    permuted = weights.preprocessing.get("patch_permutation")
+    if permuted is not None and size != (height, width):
+        raise ConfigError(f"{weights.source_path}: --image-size: patches are in a learned order, which has no other size")
+    model = build_model(section, image_size=size, num_classes=len(weights.classes) or 1, patch_permutation=permuted)
     load_weights(model, weights.state, reset_head=not weights.classes, old_grid=grid)
     if not weights.classes:
         model.head = nn.Identity()  # type: ignore[assignment]  # in place of a Linear
@@ -259,9 +262,10 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], described_by: Mapping
 
 
 def description(weights: Pretrained) -> dict[str, Any]:
-    """Return what a graph's user has to know, as JSON values."""
+    """Return what a graph's user has to know, as JSON values; the order of patches is not for them, the graph sees to it."""
     classes = weights.classes if weights.named else None
-    about = {"classes": classes, "preprocessing": weights.preprocessing, "model": weights.model, "step": weights.step}
+    preprocessing = {key: value for key, value in weights.preprocessing.items() if key != "patch_permutation"}
+    about = {"classes": classes, "preprocessing": preprocessing, "model": weights.model, "step": weights.step}
     return {**about, "source": weights.manifest.get("source")}
 
 

@@ -26,6 +26,7 @@ from vitcli.weights.layout import (
     json_beside,
     mapping_in,
     model_of,
+    only_ours,
     pair_of,
     positions_of,
     refuse,
@@ -345,6 +346,7 @@ def check(pretrained: Pretrained) -> ModelConfig:
     model = model_of(pretrained)
     height, width = pretrained.preprocessing["image_size"]
     share = pretrained.preprocessing["eval_crop_fraction"]
+    refuse("Hugging Face", only_ours(pretrained))
     reasons = [
         None if "head.weight" in pretrained.state else "classifier without a head",
         "crop of images that are no squares" if share is not None and height != width else None,

@@ -250,6 +250,17 @@ def refuse(target: str, reasons: Iterable[str | None]) -> None:
         )
 
 
+def only_ours(pretrained: Pretrained) -> list[str | None]:
+    """Return what weights have that no other library's model of any kind does."""
+    model = model_of(pretrained)
+    return [
+        "MLP on pixels" if model.kind == "mlp" else None,
+        "units without neighbours" if model.resnet_spatial_units is not None else None,
+        f"GroupNorm of {model.group_norm_groups} groups" if model.group_norm_groups != 32 else None,
+        "fixed permutation of patches" if pretrained.preprocessing.get("patch_permutation") is not None else None,
+    ]
+
+
 def unusual(model: ModelConfig) -> list[str | None]:
     """Return what a model has that no other library's Vision Transformer does."""
     return [

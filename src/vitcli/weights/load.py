@@ -115,6 +115,7 @@ def resize_positions(
 
 def load_start(model: Model, start: Pretrained) -> LoadReport:
     """Load weights to start from into a model with a new head, resizing position embeddings; raises CheckpointError."""
+    check_permutation(model, start)
     section = section_of(start)
     old_grid = None
     if section.patch_size is not None:
@@ -189,6 +190,11 @@ def load_weights(
                 f"relative positions are of one length of sequence and cannot be resized: {listed(reshaped)}; "
                 "keep the image size these weights were trained with"
             )
+        if not missing and not extra and all(name.startswith("stem.weight ") for name in reshaped):  # a convolution would fit
+            raise CheckpointError(
+                f"an MLP has weights for each pixel and cannot be resized: {listed(reshaped)}; "
+                "keep the image size these weights were trained with"
+            )
         faults = [("missing", missing), ("not in the model", extra), ("of another shape", reshaped)]
         detail = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults if names)
         head_only = all(is_layer(name, "head") or is_layer(name, "pre_logits") for name in missing + extra + reshaped)
@@ -210,6 +216,25 @@ def load_weights(
 # ------------------------------------------------------------------------------------------------------------ architecture
 
 
+def check_permutation(model: Model, weights: Pretrained) -> None:
+    """Raise CheckpointError where a model would look at patches in another order than its weights were trained on.
+
+    An image of another size is cut into another grid, which has another order; and positions that were learned in an order
+    cannot be interpolated. A model that looks at images as they are is let pass: to ask for that is the user's to decide.
+    """
+    side = weights.preprocessing.get("patch_permutation")
+    if side is None or model.permutation is None:
+        return
+    height, width = weights.preprocessing["image_size"]
+    trained, own = (height // side, width // side), model.permutation.grid_size
+    if trained != own:
+        raise CheckpointError(
+            f"{weights.source_path}: trained on patches in the order of a {trained[0]} x {trained[1]} grid, here it would be "
+            f"{own[0]} x {own[1]}, which is another order; keep data.image_size {height} x {width} px and "
+            f"data.patch_permutation {side}"
+        )
+
+
 def section_of(pretrained: Pretrained) -> ModelConfig:
     """Return the resolved model section that weights come with.
 
@@ -219,7 +244,7 @@ def section_of(pretrained: Pretrained) -> ModelConfig:
     try:
         section = ModelConfig.model_validate(pretrained.model)
         if section.kind != "resnet":
-            needed = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
+            needed = ("width", "depth", "mlp_dim", *(() if section.kind == "mlp" else ("patch_size", "num_heads")))
             lacking = [key for key in needed if getattr(section, key) is None]
             if lacking and section.variant is None:
                 raise ValueError(f"lacks {', '.join(lacking)}")
@@ -268,6 +293,8 @@ def in_words(section: ModelConfig) -> str:
     units = "-".join(map(str, section.resnet_units or ()))
     if section.kind == "resnet":
         return f"a ResNet of units {units}, root width {section.resnet_width}"
+    if section.kind == "mlp":
+        return f"an MLP of width {section.width}, depth {section.depth}"
     stem = "" if section.resnet_units is None else f" after a ResNet stem of units {units or 'none (its root alone)'}"
     return f"a ViT of width {section.width}, depth {section.depth}, patch {section.patch_size}{stem}"
 

@@ -22,6 +22,7 @@ from vitcli.model_config import ModelConfig, model_problem, resolve_model, stem_
 from vitcli.models import build_model
 from vitcli.pretrained import Pretrained
 from vitcli.weights.files import RawWeights
+from vitcli.weights.layout import only_ours, refuse
 from vitcli.weights.load import in_a_line, listed
 
 __all__ = ["is_official", "official_problem", "read_official", "write_official"]
@@ -450,6 +451,7 @@ def write_official(pretrained: Pretrained, path: Path) -> None:
     Raises:
         CheckpointError: such a file cannot say what this model is, a tensor is missing, or the disk is full.
     """
+    refuse("the authors' .npz", only_ours(pretrained))
     model = resolve_model(ModelConfig.model_validate(pretrained.model))
     height, width = pretrained.preprocessing["image_size"]
     problem = official_problem(model, (height, width))

@@ -30,6 +30,7 @@ from vitcli.weights.layout import (
     json_beside,
     mapping_in,
     model_of,
+    only_ours,
     pair_of,
     positions_of,
     refuse,
@@ -452,6 +453,7 @@ def timm_differences(pretrained: Pretrained) -> list[str]:
 
 def check(pretrained: Pretrained, model: ModelConfig) -> None:
     """Raise CheckpointError where timm has no such model."""
+    refuse("timm", only_ours(pretrained))
     if model.kind == "resnet":
         refuse("timm", ["BiT ResNet of these sizes" if resnet_name(model) is None else None])
         return

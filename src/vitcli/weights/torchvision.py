@@ -19,6 +19,7 @@ from vitcli.weights.layout import (
     grid_of,
     heads_of,
     model_of,
+    only_ours,
     positions_of,
     refuse,
     rows_of,
@@ -128,6 +129,7 @@ def export_torchvision(pretrained: Pretrained) -> dict[str, Tensor]:
     """
     model = model_of(pretrained)
     height, width = pretrained.preprocessing["image_size"]
+    refuse("torchvision", only_ours(pretrained))
     refuse(
         "torchvision",
         [

@@ -1,0 +1,91 @@
+"""What a study is pretrained on and tried on: opened when it is planned, so that what is missing is found at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vitcli.config import Config, DataConfig
+from vitcli.config_file import Layers
+from vitcli.data.sources import open_source
+from vitcli.errors import ConfigError, DataError
+from vitcli.study_config import StudyConfig, points_of
+from vitcli.study_settings import Group, Upstream, run_settings
+
+__all__ = ["open_all", "open_transfer"]
+
+Say = Callable[[str], None]
+
+FEW = 1000  # evaluation images of data that does not lie here
+# settings of the data that make the images to learn from; the same for all families
+SAME_IMAGES = ("source", "val_source", "shapes", "mix", "mix_classes", "subset_seed", "sampling", "val_fraction", "label_key")
+
+
+def open_all(
+    config: StudyConfig, layers: Layers, *, path: Path, needs_data: bool, say: Say
+) -> dict[str, tuple[Upstream, Config]]:
+    """Open what every variant is pretrained on; return that, and the settings of its first family at its largest size.
+
+    Raises:
+        ConfigError: two families of a variant would learn from different images.
+        DataError: the data is missing or too small.
+    """
+    opened: dict[str, tuple[Upstream, Config]] = {}
+    known: dict[str, Upstream] = {}
+    for variant in config.all_variants:
+        size = config.sizes_of(variant)[-1]
+        for family in config.families_of(variant):
+            group = Group(variant, family, size)
+            point = points_of(config, family)[0]
+            run, places = run_settings(config, layers, group, point=point, trial=False, path=path)
+            if variant in opened:
+                check_same_images(opened[variant][1], run, places, family=family)
+                continue
+            images = run.data.model_dump_json(include={*SAME_IMAGES, "image_size", "root", "on_error"})
+            if images not in known:
+                known[images] = open_upstream(run.data, needs_data=needs_data, say=say)
+            opened[variant] = (known[images], run)
+            if known[images].problem is None and known[images].train_examples < size:
+                more = ", or more of the corpus (base.data.shapes.train_examples)" if run.data.source == "shapes" else ""
+                raise DataError(
+                    f"{layers.where('sizes')}: sizes goes up to {size:,} images, but {run.data.source} has "
+                    f"{known[images].train_examples:,} to train on; take fewer{more}"
+                )
+    return opened
+
+
+def check_same_images(first: Config, run: Config, places: Layers, *, family: str) -> None:
+    """Raise ConfigError if a family of a variant learns from other images than the first one."""
+    for key in SAME_IMAGES:
+        a, b = getattr(first.data, key), getattr(run.data, key)
+        if a != b:
+            raise ConfigError(
+                f"{places.where(f'data.{key}')}: data.{key} is {b} for {family} and {a} for another family; all learn from the "
+                "same images: say it in base"
+            )
+
+
+def open_upstream(data: DataConfig, *, needs_data: bool, say: Say) -> Upstream:
+    """Open both splits of the pretraining set, without decoding it."""
+    whole = data.model_copy(update={"examples": None, "dev_fraction": None, "memory_cache_gib": 0.0})
+    try:
+        train = open_source(data.source, split="train", data=whole)
+        val = open_source(data.val_source or data.source, split="val", data=whole)
+    except DataError as error:
+        if needs_data:
+            raise
+        say(f"note: {error}; operations are without those of the head")
+        return Upstream(0, FEW, 1, problem=str(error))
+    return Upstream(len(train), len(val), len(train.classes))
+
+
+def open_transfer(config: StudyConfig, data: DataConfig, *, needs_data: bool, say: Say) -> None:
+    """Raise DataError if a data set to transfer to is missing, before days are spent on pretraining; or say so."""
+    update: dict[str, Any] = {"examples": None, "dev_fraction": None, "val_source": None, "memory_cache_gib": 0.0}
+    for each in config.transfer:
+        try:
+            for split in ("train", "val"):
+                open_source(each.dataset, split=split, data=data.model_copy(update=update))
+        except DataError as error:
+            if needs_data:
+                raise
+            say(f"note: {error}")

@@ -24,6 +24,7 @@ SIZE = (32, 48)
 VIT: dict[str, Any] = {"patch_size": 8, "width": 32, "depth": 2, "num_heads": 4}
 RESNET: dict[str, Any] = {"kind": "resnet", "resnet_units": (1, 1), "resnet_width": 32, "resnet_root": "small"}
 MLP: dict[str, Any] = {"kind": "mlp", "width": 32, "depth": 1}
+ORDER_4_4 = [6, 0, 15, 3, 1, 7, 11, 4, 9, 12, 10, 5, 13, 8, 14, 2]
 
 
 def build(settings: dict[str, Any], *, side: int | None, size: tuple[int, int] = SIZE) -> Model:

@@ -36,6 +36,23 @@ class ShapesConfig(Section):
     seed: Count = Field(0, description="another seed is another corpus")
 
 
+class MosaicConfig(Section):
+    """The embedded corpus of layouts (source `mosaic`), whose classes differ in nothing but where parts stand."""
+
+    classes: Annotated[int, Field(ge=2, le=21_000)] = Field(100, description="number of classes, 2 to 21,000")
+    train_examples: PositiveInt = Field(100_000, description="length of the training split: any number, nothing is stored")
+    val_examples: PositiveInt = Field(2_000, description="length of the held-out split")
+    grid: Annotated[int, Field(ge=1, le=64)] = Field(
+        4, description="cells along each side; the image's sides are multiples of it"
+    )
+    parts: Annotated[int, Field(ge=2, le=10_000)] = Field(16, description="different parts that all classes share")
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="how often a cell shows its class's part; else it shows any"
+    )
+    shift: Count = Field(0, description="px by which the layout may lie off the grid, at most a cell")
+    seed: Count = Field(0, description="another seed is another corpus")
+
+
 class MixPart(Section):
     """One source of a mixture."""
 
@@ -47,12 +64,13 @@ class DataConfig(Section):
     """Where examples come from and how large they are shown to the model."""
 
     source: str = Field(
-        description="shapes, digits, cifar10, cifar100, mnist, fashion-mnist, flowers102, pets, imagenet, folder:PATH, "
+        description="shapes, mosaic, digits, cifar10, cifar100, mnist, fashion-mnist, flowers102, pets, imagenet, folder:PATH, "
         "shards:PATTERN, hf:NAME_OR_PATH or mix"
     )
     val_source: str | None = Field(None, description="evaluate on this source's evaluation split instead")
     image_size: ImageSize = Field(description="height and width shown to the model, px; one number for a square")
     shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="settings of the source `shapes`")
+    mosaic: MosaicConfig = Field(default_factory=MosaicConfig, description="settings of the source `mosaic`")
     mix: list[MixPart] | None = Field(None, description="the parts of the source `mix`, each a source and a weight")
     mix_classes: Literal["merge", "apart"] = Field(
         "merge", description="classes of equal name in several parts of a mix are one class, or kept apart by their part"

@@ -348,6 +348,13 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("data.dev_fraction", "evaluates on a share of the training split, and data.val_source on another source; drop one")
     if data.val_source == "mix" and data.source != "mix":
         fail("data.val_source", "is mix, but data.source is not; name a single source")
+    if "mosaic" in (data.source, data.val_source):
+        cells, shift = [side / data.mosaic.grid for side in data.image_size], data.mosaic.shift
+        if any(cell != int(cell) or cell < 4 for cell in cells):
+            sides = " x ".join(map(str, data.image_size))
+            fail("data.mosaic.grid", f"is {data.mosaic.grid}, but {sides} px are not so many cells of 4 whole px or more")
+        if shift > min(cells):
+            fail("data.mosaic.shift", f"is {shift} px, more than a cell of {min(cells):g} px")
     if "shapes" in (data.source, data.val_source) and not all(16 <= side <= 512 for side in data.image_size):
         fail("data.image_size", f"is {data.image_size[0]} x {data.image_size[1]}; shapes makes images of 16 to 512 px")
     if data.patch_permutation is not None:

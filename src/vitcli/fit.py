@@ -56,7 +56,7 @@ Judgement = tuple[EvalResult, Predictions]
 
 
 # what, beside the source's name, says which images an evaluation of this run is about
-DATA_IDENTITY = ("shapes", "val_fraction", "val_source", "mix", "mix_classes", "label_key", "dev_fraction")
+DATA_IDENTITY = ("shapes", "mosaic", "val_fraction", "val_source", "mix", "mix_classes", "label_key", "dev_fraction")
 DEV_IDENTITY = ("examples", "subset_seed")  # and of which part of the training split a development split is a share
 
 

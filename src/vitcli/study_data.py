@@ -1,11 +1,12 @@
 """What a study is pretrained on and tried on: opened when it is planned, so that what is missing is found at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitcli.config import Config, DataConfig
 from vitcli.config_file import Layers
+from vitcli.data.named import NAMED_SETS, data_root, present_sets
 from vitcli.data.sources import open_source
 from vitcli.errors import ConfigError, DataError
 from vitcli.study_config import StudyConfig, points_of
@@ -68,6 +69,8 @@ def open_upstream(data: DataConfig, *, needs_data: bool, say: Say) -> Upstream:
     """Open both splits of the pretraining set, without decoding it."""
     whole = data.model_copy(update={"examples": None, "dev_fraction": None, "memory_cache_gib": 0.0})
     try:
+        if not needs_data:
+            refuse_download([data.source, data.val_source or data.source], data.root)
         train = open_source(data.source, split="train", data=whole)
         val = open_source(data.val_source or data.source, split="val", data=whole)
     except DataError as error:
@@ -81,11 +84,22 @@ def open_upstream(data: DataConfig, *, needs_data: bool, say: Say) -> Upstream:
 def open_transfer(config: StudyConfig, data: DataConfig, *, needs_data: bool, say: Say) -> None:
     """Raise DataError if a data set to transfer to is missing, before days are spent on pretraining; or say so."""
     update: dict[str, Any] = {"examples": None, "dev_fraction": None, "val_source": None, "memory_cache_gib": 0.0}
+    whole = data.model_copy(update=update)
     for each in config.transfer:
         try:
-            for split in ("train", "val"):
-                open_source(each.dataset, split=split, data=data.model_copy(update=update))
+            if not needs_data:
+                refuse_download([each.dataset], data.root)
+            open_source(each.dataset, split="train", data=whole)
+            open_source(each.dataset, split="val", data=whole)
         except DataError as error:
             if needs_data:
                 raise
             say(f"note: {error}")
+
+
+def refuse_download(specs: Sequence[str], root: Path | None) -> None:
+    """Raise DataError for a named set that does not lie here, rather than fetch it for a dry run."""
+    place = data_root(root)
+    for spec in specs:
+        if spec in NAMED_SETS and spec not in present_sets(place):
+            raise DataError(f"{spec}: not in {place} yet")

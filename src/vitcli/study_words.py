@@ -4,10 +4,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from vitcli.device import flops_per_second, hardware
-from vitcli.study_cells import Cell
+from vitcli.study_cells import PLAIN, Cell
 from vitcli.study_config import points_of
 from vitcli.study_plan import Study, cost
-from vitcli.sweep_plan import hours
 
 __all__ = ["describe_study"]
 
@@ -16,27 +15,23 @@ MOST_ROWS = 60  # a table of this many lines is read, a longer one scrolls away
 
 def describe_study(study: Study) -> list[str]:
     """Return the plan as lines for a person: families, cells, operations of pretraining, and hours of one device."""
-    config = study.config
     trials, finals = study.trials(), all_finals(study)
-    rows = list(cell_rows(study, trials, finals))
-    shown = rows if len(rows) <= MOST_ROWS else [*rows[: MOST_ROWS - 1], f"  ... and {len(rows) - MOST_ROWS + 1} more"]
-    total = sum(cost(cell) for cell in (*trials, *finals))
     speed = flops_per_second(study.device)
-    probes = "; probes, fine-tuning and evaluation come on top"
-    first = next((stage for stage in (trials or finals)[0].stages), None)
+    total = sum(cost(cell) for cell in (*trials, *finals))
+    tried = f" and {len(trials)} trials" if trials else ""
+    first = (trials or finals)[0].stages[0]
     return [
-        f"{config.title}: {study.out}",
-        *form_lines(study, trials),
+        f"{study.config.title}: {study.out}",
+        *form_lines(study, finals[0]),
         "",
         *family_lines(study),
         "",
-        f"  {'cells':<34}{'images':>13}{'runs':>6}{'steps':>11}{'images seen':>15}{'FLOPs each':>13}{'h each':>9}{'h in all':>9}",
-        *shown,
+        f"  {'cells':<36}{'images':>25}{'runs':>6}{'images seen':>16}{'FLOPs':>11}{'hours':>11}",
+        *cell_rows(study, trials, finals),
         "",
-        f"in all {len(finals)} cells" + (f" and {len(trials)} trials" if trials else "") + f", {total:.3g} FLOPs, about "
-        f"{hours(total / speed)} of pretraining on one device like this: {hardware(study.device)}, taken for "
-        f"{speed / 1e9:,.0f} GFLOP/s{probes}",
-        *([] if first is None else [f"the first begins with: vit {shlex.join(first.words)}"]),
+        f"in all {len(finals)} cells{tried}, {total:.3g} FLOPs, about {total / speed / 3600:,.3g} h of pretraining on one device like "
+        f"this ({hardware(study.device)}, taken for {speed / 1e9:,.0f} GFLOP/s); probes, fine-tuning and evaluation come on top",
+        f"the first begins with: vit {shlex.join(first.words)}",
     ]
 
 
@@ -48,29 +43,25 @@ def all_finals(study: Study) -> list[Cell]:
     return study.finals(chosen)
 
 
-def form_lines(study: Study, trials: Sequence[Cell]) -> Iterator[str]:
-    config, upstream = study.config, study.upstreams["plain"]
+def form_lines(study: Study, one: Cell) -> Iterator[str]:
+    """Yield what the study does and measures."""
+    config, upstream = study.config, study.upstreams[PLAIN]
     length = config.length
     if length is None:
         form = f"one pass over {config.sizes[-1]:,} fresh images, read at {len(config.sizes)} points"
     else:
-        amounts = {"epochs": length.epochs, "images seen": length.examples, "steps": length.steps}
-        form = next(f"{amount:,} {unit}" for unit, amount in amounts.items() if amount is not None)
-        form = f"grid; every run has {form}" + (
-            f" or ends early, after {length.early_stop_evals} evaluations clearly below the best on "
-            f"{100 * length.dev_fraction:g} % of its images"
-            if length.early_stop_evals
-            else ""
-        )
+        amounts = {"epochs": length.epochs, "images": length.examples, "steps": length.steps}
+        form = "grid; every run takes " + next(f"{n:,.10g} {unit}" for unit, n in amounts.items() if n is not None)
+        if length.early_stop_evals:
+            form += f", or ends after {length.early_stop_evals} evaluations clearly below the best"
+            form += f" (on {100 * length.dev_fraction:g} % of its images)"
     yield f"  form      {form}"
-    source = study.settings(trials[0] if trials else all_finals(study)[0]).data.source
-    if upstream.problem is None:
-        yield (
-            f"  data      {source}: {upstream.train_examples:,} training and {upstream.val_examples:,} evaluation images, "
-            f"{upstream.num_classes:,} classes"
-        )
-    else:
-        yield f"  data      {source}: not here"
+    source, sizes = (
+        study.settings(one).data.source,
+        f"{upstream.train_examples:,} training and {upstream.val_examples:,} evaluation",
+    )
+    known = f"{sizes} images, {upstream.num_classes:,} classes" if upstream.problem is None else "not here"
+    yield f"  data      {source}: {known}"
     yield f"  seeds     {', '.join(map(str, config.seeds))}"
     yield f"  measured  {', '.join(study.metrics())}"
     if config.search is not None:
@@ -93,22 +84,31 @@ def family_lines(study: Study) -> Iterator[str]:
         base = config.pair[1] if config.pair is not None and config.pair[1] in cells else families[0]
         for family, cell in cells.items():
             yield (
-                f"  {variant:<16}{family:<18}{cell.parameters:>13,}{cell.forward_flops / 1e6:>16,.4g}"
-                f"{cell.training_flops / 1e6:>13,.4g}{cost(cell) / cost(cells[base]):>8.2f} x"
+                f"  {variant:<16}{family:<18}{cell.parameters:>13,}{mega(cell.forward_flops):>16}"
+                f"{mega(cell.training_flops):>13}{cost(cell) / cost(cells[base]):>8.2f} x"
             )
+
+
+def mega(flops: float) -> str:
+    """Write operations in millions."""
+    return f"{flops / 1e6:,.0f}" if flops >= 1e9 else f"{flops / 1e6:.2f}"
 
 
 def cell_rows(study: Study, trials: Sequence[Cell], finals: Sequence[Cell]) -> Iterator[str]:
-    """Yield a line for every group of cells that differ in seed, or point, alone."""
+    """Yield a line for cells that differ in seed, or in what is tried, alone; in size too, where that would make too many."""
     speed = flops_per_second(study.device)
-    for name, cells in (("search ", trials), ("", finals)):
-        groups: dict[tuple[str, str, int], list[Cell]] = {}
-        for cell in cells:
-            groups.setdefault((cell.variant, cell.family, cell.examples), []).append(cell)
-        for (variant, family, examples), members in groups.items():
-            one, seconds = members[0], cost(members[0]) / speed
-            yield (
-                f"  {f'{name}{variant} / {family}':<34}{examples:>13,}{len(members):>6}{one.steps:>11,}"
-                f"{one.steps * one.batch_size:>15,}{cost(one):>13.3g}{seconds / 3600:>9.2f}"
-                f"{seconds * len(members) / 3600:>9.2f}"
-            )
+    for by_size in (True, False):
+        groups: dict[tuple[str, int], list[Cell]] = {}
+        for cell in (*trials, *finals):
+            name = f"{'search ' if cell.trial else ''}{cell.variant} / {cell.family}"
+            groups.setdefault((name, cell.examples if by_size else 0), []).append(cell)
+        if len(groups) <= MOST_ROWS:
+            break
+    for (name, _), cells in groups.items():
+        first, last = f"{cells[0].examples:,}", f"{max(cell.examples for cell in cells):,}"
+        images = sum(cell.steps * cell.batch_size for cell in cells)
+        flops = sum(map(cost, cells))
+        yield (
+            f"  {name:<36}{first if first == last else f'{first} to {last}':>25}{len(cells):>6}{images:>16,}{flops:>11.3g}"
+            f"{flops / speed / 3600:>11,.3g}"
+        )

@@ -153,6 +153,12 @@ def open_whole(spec: str, *, split: Split, data: DataConfig) -> Source:
         return ShapesSource(
             classes=shapes.classes, examples=examples, image_size=data.image_size, seed=shapes.seed, split=split
         )
+    if spec == "mosaic":
+        from vitcli.data.mosaic import MosaicSource
+
+        settings = data.mosaic.model_dump(exclude={"train_examples", "val_examples"})
+        examples = data.mosaic.train_examples if split == "train" else data.mosaic.val_examples
+        return MosaicSource(examples=examples, image_size=data.image_size, split=split, **settings)
     if spec == "digits":
         return from_arrays(load_digits(split), name="digits")
     if spec in NAMED_SETS:
@@ -171,7 +177,7 @@ def open_whole(spec: str, *, split: Split, data: DataConfig) -> Source:
         from vitcli.data.hub import open_hub
 
         return open_hub(place, split=split, label_key=data.label_key, val_fraction=data.val_fraction)
-    names = ["shapes", "digits", *NAMED_SETS]
+    names = ["shapes", "mosaic", "digits", *NAMED_SETS]
     close = difflib.get_close_matches(spec, names, n=1)
     if not close and Path(spec).is_dir():
         close = [f"folder:{spec}"]

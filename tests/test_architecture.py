@@ -22,11 +22,14 @@ LAYERS = (
     | {"pretrained", "fewshot", "neighbours"},
     {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
     | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
-    | {"views", "translation", "label_sets"},
+    | {"views", "translation", "label_sets", "claims", "jobs"},
     {"step", "watch", "ending"},
     {"fit"},
-    {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"},
-    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"},
+    {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"}
+    | {"study_cells", "study_config", "study_file", "study_settings", "study_data", "study_folder", "study_plan", "study_words"}
+    | {"study", "study_run", "study_table"},
+    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"}
+    | {"cli_study"},
     {"__main__"},
 )
 LEAVES = LAYERS[4]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
 from tests.harness import Result, vit
@@ -188,6 +189,28 @@ def test_views_and_corruptions(run_dir: Path) -> None:
     assert low <= table["noise"][0]["top1"] <= high
     said = vit("eval", "--ckpt", str(run_dir), "--robustness").stdout
     assert "strength" in said and "without" in said
+
+
+def test_moved_images(run_dir: Path) -> None:
+    found = judged("--ckpt", str(run_dir), "--translate", "2,1", "--mistakes", "0")
+    assert [row["px"] for row in found["translation"]] == [1, 2]
+    opened, images = open_run(run_dir, say=print)
+    pixels = np.stack([images.source[i][0] for i in range(120)])
+    truth = np.array([images.source[i][1] for i in range(120)])
+    whole = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        before = opened.model(whole).argmax(1).numpy()
+        moved = torch.cat([whole[:, :, :, 2:], whole[:, :, :, -1:], whole[:, :, :, -1:]], dim=3)  # to the left
+        after = opened.model(moved).argmax(1).numpy()
+    row = found["translation"][1]
+    assert row["directions"]["left"] == {"top1": np.mean(after == truth), "unchanged": np.mean(after == before)}
+    assert 0.2 < row["unchanged"] < 1
+    for key in ("top1", "unchanged"):
+        assert row[key] == pytest.approx(np.mean([each[key] for each in row["directions"].values()]))
+    assert row["interval"][0] < row["top1"] < row["interval"][1]
+    said = vit("eval", "--ckpt", str(run_dir), "--translate", "8").stdout
+    assert "unchanged" in said and "8 px" in said
+    fails_with(vit("eval", "--ckpt", str(run_dir), "--translate", "9"), "--translate: 9 px, of images shown at 16 x 16 px")
 
 
 def test_speed(run_dir: Path) -> None:

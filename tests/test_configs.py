@@ -12,9 +12,13 @@ from vitcli.errors import ConfigError
 from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.recipes import finetune_recipe
+from vitcli.study_file import dump_study, read_study
+from vitcli.study_plan import plan_study
+from vitcli.study_words import describe_study
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "configs").rglob("study-*.yaml"))
+SHIPPED = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*STUDIES})
 PAPER = ROOT / "configs" / "paper"
 IDS = [str(path.relative_to(ROOT)) for path in SHIPPED]
 
@@ -78,6 +82,18 @@ def test_survives_being_written_and_read(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=IDS)
 def test_starts_with_a_comment(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies(path: Path, tmp_path: Path) -> None:
+    """Every cell has settings that a run can have; the data need not be here."""
+    study = plan_study(path, [], out=tmp_path / "study", needs_data=False, say=lambda _: None)
+    assert study.notes == (), "families that are compared should take the same operations"
+    assert len(describe_study(study)) > len(study.config.families)
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    copy = tmp_path / "study.yaml"
+    copy.write_text(dump_study(study.config), encoding="utf-8")
+    assert read_study(copy)[0] == study.config
 
 
 def test_a_wrong_key_in_a_shipped_file_fails(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vitcli.models.resnet import StandardisedConv, same_padding
 VIT: dict[str, Any] = {"patch_size": 8, "width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4}
 HYBRID: dict[str, Any] = {**VIT, "patch_size": 1, "resnet_width": 32}
 RESNET: dict[str, Any] = {"kind": "resnet", "resnet_width": 32}
+MLP: dict[str, Any] = {"kind": "mlp", "width": 64, "depth": 2}
 JFT_IMAGES = 303e6  # what the paper calls JFT-300M
 JFT_CLASSES = 18_000
 
@@ -53,6 +54,11 @@ OTHERS = {
     "resnet": {**RESNET, "resnet_units": (1, 2, 1)},
     "resnet with a small root": {**RESNET, "resnet_units": (2, 1), "resnet_root": "small"},
     "wide resnet": {**RESNET, "resnet_width": 64, "resnet_units": (1, 1)},
+    "narrow resnet": {**RESNET, "resnet_width": 16, "group_norm_groups": 8, "resnet_units": (2, 1), "resnet_root": "small"},
+    "resnet of 1x1 kernels": {**RESNET, "resnet_units": (2, 2, 1), "resnet_spatial_units": (1, 2, 0)},
+    "narrow hybrid": {**HYBRID, "resnet_width": 16, "group_norm_groups": 8, "resnet_units": (1, 1), "resnet_root": "small"},
+    "mlp": MLP,
+    "mlp with dropout": {**MLP, "dropout": 0.1, "depth": 3, "mlp_dim": 50},
 }
 EVERY = {**VITS, **OTHERS}
 

@@ -13,11 +13,12 @@ TINY: dict[str, Any] = {"patch_size": 8, "width": 32, "depth": 2, "num_heads": 4
 AXIAL: dict[str, Any] = {"attention": "axial", "pool": "gap"}
 HYBRID: dict[str, Any] = {"resnet_units": (1, 1), "resnet_root": "small", "patch_size": 4}
 RESNET: dict[str, Any] = {"kind": "resnet", "resnet_units": (1, 1)}
+MLP: dict[str, Any] = {"kind": "mlp", "width": 30, "depth": 2}
 
 
 def problem(image_size: tuple[int, int] = (32, 24), **settings: Any) -> tuple[str, str] | None:
     """Say what is wrong with a tiny model."""
-    base = {} if settings.get("kind") == "resnet" else TINY
+    base = {} if settings.get("kind") in ("resnet", "mlp") else TINY
     return model_problem(resolve_model(ModelConfig(**{**base, **settings})), image_size)
 
 
@@ -35,6 +36,10 @@ def problem(image_size: tuple[int, int] = (32, 24), **settings: Any) -> tuple[st
         {"resnet_units": (), "patch_size": 2},
         RESNET,
         {**RESNET, "resnet_width": 96, "head_bias": -10.0},
+        {**RESNET, "resnet_width": 24, "group_norm_groups": 8, "resnet_spatial_units": (1, 0)},
+        {**HYBRID, "resnet_width": 16, "group_norm_groups": 16},
+        MLP,
+        {**MLP, "mlp_dim": 100, "dropout": 0.1, "gelu": "exact", "layer_norm_eps": 1e-5, "head_bias": -10.0},
     ],
 )
 def test_models_that_make_sense_are_taken(settings: dict[str, Any]) -> None:
@@ -67,7 +72,25 @@ def test_models_that_make_sense_are_taken(settings: dict[str, Any]) -> None:
         ({"group_norm_eps": 1e-5}, "group_norm_eps", "is about a ResNet"),
         ({**HYBRID, "resnet_width": 48}, "resnet_width", "is 48, which the 32 groups of a GroupNorm do not divide"),
         ({**RESNET, "resnet_width": 48}, "resnet_width", "is 48, which the 32 groups of a GroupNorm do not divide"),
+        ({**RESNET, "resnet_width": 8}, "resnet_width", "do not divide; take model.group_norm_groups: 8"),
         ({**RESNET, "resnet_units": ()}, "resnet_units", "is empty: a ResNet needs a block"),
+        ({**RESNET, "resnet_spatial_units": (1,)}, "resnet_spatial_units", "has 1 numbers for 2 blocks; give one for each"),
+        ({**RESNET, "resnet_spatial_units": (2, 0)}, "resnet_spatial_units", "is [2, 0], but the blocks have [1, 1] units"),
+        ({**HYBRID, "resnet_spatial_units": (1, 0)}, "resnet_spatial_units", "is about model.kind resnet"),
+        ({"group_norm_groups": 8}, "group_norm_groups", "is about a ResNet"),
+        *(
+            ({**MLP, key: value}, key, "says nothing about an MLP, but model.kind is mlp; leave it out")
+            for key, value in {
+                "patch_size": 4,
+                "num_heads": 2,
+                "pool": "gap",
+                "resnet_units": (1,),
+                "resnet_root": "small",
+                "group_norm_groups": 8,
+                "stochastic_depth": 0.1,
+                "representation_size": 8,
+            }.items()
+        ),
         *(
             ({**RESNET, key: value}, key, "is about a Transformer, but model.kind is resnet; leave it out")
             for key, value in {

@@ -43,8 +43,10 @@ def test_a_smaller_corpus_is_a_prefix_and_classes_are_balanced() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"split": "val"}, {"image_size": (32, 40)}, {"classes": 20}, {"examples": 4999}]
-    + [{"grid": 2}, {"parts": 7}, {"keep": 0.6}, {"shift": 1}],
+    [
+        *({"seed": 1}, {"split": "val"}, {"image_size": (32, 40)}, {"classes": 20}, {"examples": 4999}),
+        *({"grid": 2}, {"parts": 7}, {"keep": 0.6}, {"shift": 1}),
+    ],
 )
 def test_every_setting_changes_the_fingerprint(change: dict[str, Any]) -> None:
     assert source(**change).fingerprint != source().fingerprint

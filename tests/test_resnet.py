@@ -12,7 +12,7 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer_hybrid import _resnetv2
 from torch import Tensor, nn
 
-from vitcli.model_config import ModelConfig, resolve_model
+from vitcli.model_config import ModelConfig, receptive_field, resolve_model
 from vitcli.models import ResNet, ResNetStem, VisionTransformer, build_model
 from vitcli.models.resnet import StandardisedConv, same_padding, standardise
 from vitcli.optim import param_groups
@@ -150,12 +150,82 @@ def test_sizes_follow_the_units(root: Any) -> None:
         assert stem(torch.zeros(1, 3, 32, 64)).shape == (1, channels, 32 // stride, 64 // stride)
 
 
+# ------------------------------------------------------------------------------------------------------- receptive field
+
+
+def seen_by_the_middle(section: ModelConfig, side: int) -> tuple[int, int]:
+    """Return how many rows and columns of an image the feature in the middle of the map depends on, norms aside."""
+    model = filled(build_model(section, image_size=(side, side), num_classes=2))
+    images = torch.rand(1, 3, side, side, requires_grad=True)
+    x = images
+    for part in (model.stem, *model.stages):
+        for unit in (part,) if part is model.stem else part.blocks:
+            for name in ("norm1", "norm2", "norm3"):
+                if hasattr(unit, name):
+                    setattr(unit, name, nn.Softplus())  # no mean over the image, and no ReLU that would hide a pixel
+        x = part(x)
+    x[0, :, x.shape[2] // 2, x.shape[3] // 2].sum().backward()
+    assert images.grad is not None
+    touched = images.grad[0].abs().sum(0) > 0
+    return int(touched.any(1).sum()), int(touched.any(0).sum())
+
+
+@pytest.mark.parametrize(
+    ("root", "units", "spatial", "field"),
+    [
+        ("small", (1, 1), (0, 0), 3),
+        ("small", (2, 2), (1, 0), 5),
+        ("small", (2, 2), (1, 1), 7),
+        ("small", (2, 2), None, 3 + 2 + 2 + 2 + 4),
+        ("small", (1, 2, 1), (1, 2, 1), 3 + 2 + 2 + 4 + 4),
+        ("small", (3, 4, 6), (1, 1, 1), 3 + 2 + 2 + 4),
+        ("large", (1, 1), (1, 0), 11 + 8),
+        ("large", (2, 1), None, 11 + 8 + 8 + 8),
+    ],
+)
+def test_the_receptive_field_is_what_a_feature_depends_on(
+    root: Any, units: tuple[int, ...], spatial: tuple[int, ...] | None, field: int
+) -> None:
+    settings = ModelConfig(
+        kind="resnet", resnet_units=units, resnet_width=8, group_norm_groups=4, resnet_root=root, resnet_spatial_units=spatial
+    )
+    section = resolve_model(settings)
+    assert receptive_field(section) == field
+    found = seen_by_the_middle(section, side=64)
+    if root == "small":
+        assert found == (field, field)
+    else:  # pooling takes the largest of nine, so a gradient shows most of it
+        assert field - 4 <= min(found) and max(found) <= field
+
+
+def test_bagnets_fields() -> None:
+    """As published for R50 with a 3x3 root at full size: 9, 17 and 33 px (1904.00760), whose first block halves the sides.
+
+    Here the second does, so that fields of the same units are about half as large.
+    """
+    fields = []
+    for spatial in ((1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1), None):
+        section = ModelConfig(kind="resnet", resnet_units=(3, 4, 6, 3), resnet_root="small", resnet_spatial_units=spatial)
+        fields.append(receptive_field(resolve_model(section)))
+    assert fields[:3] == [7, 11, 19] and fields[3] > 100
+    assert receptive_field(resolve_model(ModelConfig(variant="B/16"))) == 16
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "resnet": {"kind": "resnet", "resnet_units": (1, 2, 1), "resnet_width": 32},
     "small resnet": {"kind": "resnet", "resnet_units": (2, 2), "resnet_width": 32, "resnet_root": "small"},
     "one block": {"kind": "resnet", "resnet_units": (1,), "resnet_width": 32, "weight_standardisation": "std"},
+    "narrow resnet": {"kind": "resnet", "resnet_units": (1, 1), "resnet_width": 8, "group_norm_groups": 4},
+    "1x1 kernels": {
+        **{"kind": "resnet", "resnet_units": (2, 2), "resnet_width": 32, "resnet_root": "small"},
+        "resnet_spatial_units": (1, 0),
+    },
+    "narrow hybrid": {
+        **{"patch_size": 2, "width": 32, "depth": 1, "num_heads": 2, "resnet_units": (1, 1), "resnet_width": 16},
+        **{"resnet_root": "small", "group_norm_groups": 8},
+    },
     "hybrid": {"patch_size": 1, "width": 32, "depth": 1, "num_heads": 2, "resnet_units": (1, 2), "resnet_width": 32},
     "small hybrid": {
         **{"patch_size": 2, "width": 32, "depth": 1, "num_heads": 2, "resnet_units": (2, 1), "resnet_width": 32},

@@ -1,4 +1,4 @@
-"""Test-time augmentation: what the views are, and that their probabilities are averaged."""
+"""Test-time augmentation: what the views are, and that their probabilities are averaged; moved images."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import five_crop
 
 from vitcli.errors import ConfigError
-from vitcli.views import TTA_KINDS, five_crops, tta_forward, tta_views
+from vitcli.views import TTA_KINDS, five_crops, moved_forward, tta_forward, tta_views
 
 CLASSES = 4
 
@@ -79,3 +79,25 @@ def test_certainty_stays_finite(loss: str) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="crops5"):
         tta_forward("zoom")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("down", "right"), [(1, 0), (-3, 0), (0, 2), (0, -5), (0, 0), (2, -1)])
+def test_a_moved_image_is_the_image_with_its_edges_repeated(down: int, right: int) -> None:
+    batch = images(size=(16, 24))
+    moved = moved_forward(lambda model, x: x, down=down, right=right)(None, batch)
+    reach = max(abs(down), abs(right), 1)
+    padded = nn.functional.pad(batch, (reach,) * 4, mode="replicate")
+    expected = padded[:, :, reach - down : reach - down + 16, reach - right : reach - right + 24]
+    assert torch.equal(moved, expected)
+    assert moved.equal(batch) == (down == right == 0)
+
+
+@torch.no_grad()
+def test_a_sum_over_places_does_not_mind_and_a_weight_for_each_does() -> None:
+    batch = torch.zeros(5, 3, 16, 16)
+    batch[:, :, 5:11, 5:11] = images()[:, :, 5:11, 5:11]  # nothing leaves the picture
+    everywhere = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for model, alike in ((everywhere, True), (linear(), False)):
+        found = moved_forward(lambda net, x: net(x), down=2, right=-1)(model, batch)
+        assert torch.allclose(found, model(batch), atol=1e-6) == alike

@@ -12,8 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Child", "begin", "end_all", "is_held", "reason_of", "slots_of"]
 
@@ -37,13 +39,15 @@ class Child:
         return reason_of(self.process.returncode, self.log, self.log_start)
 
 
-def slots_of(jobs: int | None, device: torch.device) -> list[dict[str, str]]:
+def slots_of(jobs: int | None, device: "torch.device") -> list[dict[str, str]]:
     """Return the environment of each place for a process: a GPU of its own, or its share of the CPU's cores.
 
     Args:
         jobs: processes at a time; None for as many as there are GPUs, or one.
     """
     if device.type == "cuda":
+        import torch
+
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         visible = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
         return [{"CUDA_VISIBLE_DEVICES": visible[place % len(visible)]} for place in range(jobs or len(visible))]

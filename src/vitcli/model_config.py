@@ -196,6 +196,7 @@ def receptive_field(model: ModelConfig) -> int:
     Convolutions and pooling count, norms do not, though their means and deviations are of the whole image. Of a hybrid it is
     what a patch of the ResNet's output is made of, before attention mixes all of them; without a ResNet a patch's side.
     """
+    assert model.kind != "mlp"  # it is the whole image from the first layer on
     field, step = 1, 1  # px, and between two neighbours of the map
     if model.resnet_units is not None:
         field, step = (3, 1) if model.resnet_root == "small" else (7 + 2 * 2, 4)  # 7x7 at stride 2, pooling 3x3 at 2

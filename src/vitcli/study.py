@@ -7,18 +7,19 @@ stopped at any moment goes on from there. A cell that fails is reported, and the
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from vitcli.device import choose_device
-from vitcli.errors import ConfigError, RunExistsError
+from vitcli.errors import ConfigError, RunExistsError, UserError
 from vitcli.interrupts import StopSignals
 from vitcli.jobs import slots_of
 from vitcli.rundir import lock_run
-from vitcli.study_cells import Cell
-from vitcli.study_plan import Study, begin_cell, begin_study, label, plan_study
-from vitcli.study_results import choose, measure, write_study
+from vitcli.study_cells import Cell, Measurement, label
+from vitcli.study_plan import Study, begin_cell, begin_study, plan_study
+from vitcli.study_record import write_study
+from vitcli.study_results import choose, measure
 from vitcli.study_run import Runner, is_over
 from vitcli.study_table import Standing, View, open_view, operations_of
 from vitcli.study_words import describe_study
@@ -85,6 +86,7 @@ class Desk:
         self.view = view
         self.runner: Runner | None = None
         self.known: list[Cell] = []
+        self.measured: list[Measurement] = []
         self.unwritten = False
         self.started = time.monotonic()
         self.operations_before: float | None = None
@@ -122,6 +124,8 @@ class Desk:
     def show(self) -> None:
         """Draw the live table."""
         assert self.runner is not None
+        with suppress(UserError):  # a damaged file of a cell, which `write` tells of
+            self.measured = measure(self.plan)
         over = frozenset(cell.folder for cell in self.known if cell.folder in self.runner.over or is_over(cell))
         done = sum(operations_of(cell) for cell in self.known if cell.folder in over)
         if self.operations_before is None:
@@ -130,7 +134,7 @@ class Desk:
             cells=self.known,
             over=over,
             failed=frozenset(self.runner.failures(self.known)),
-            measured=measure(self.plan),
+            measured=self.measured,
             sizes=self.plan.config.sizes,
             metrics=self.plan.metrics(),
             seconds=time.monotonic() - self.started,

@@ -29,11 +29,11 @@ __all__ = [
     "spread",
 ]
 
-FULL = (5.6, 3.5)  # inches of one pair of axes; at 9 points of lettering it prints in a column and a half
+FULL = (5.2, 3.5)  # inches of one pair of axes; at 9 points of lettering it prints in a column and a half
 PANEL = (2.6, 2.5)  # of one among several
 LABEL_POINTS = 8.5
 LINE = 1.25  # times the lettering, from one label to the next
-LETTERS = 26  # of a label beside a line
+LETTERS, LETTER = 40, 0.065  # of a label beside a line, and the width of one, inches
 NEAREST_TICKS = 0.085  # of the axis: nearer ones run into each other
 SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FLOPS = ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
@@ -183,7 +183,10 @@ def panels(count: int, *, columns: int, shared_y: Literal["all", "row"] = "all")
 
 def end_labels(figure: Figure, ends: Mapping[Axes, Sequence[End]]) -> None:
     """Write the names of lines to the right of their axes, apart from each other; the last thing to do to a figure."""
-    figure.draw_without_rendering()  # only now it is known how high the axes are
+    longest = max((len(shorten(end.name, LETTERS)) for all_of_them in ends.values() for end in all_of_them), default=0)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + longest * LETTER, height)  # so that the axes keep their width
+    figure.draw_without_rendering()  # only now it is known how high they are
     for axes, all_of_them in ends.items():
         high = axes.bbox.height / figure.dpi * 72  # points
         left = axes.get_xlim()[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PLAIN", "UPSTREAM", "Cell", "Measurement", "Stage"]
+__all__ = ["PLAIN", "UPSTREAM", "Cell", "Measurement", "Stage", "label"]
 
 PLAIN = "plain"  # the variant without settings of its own
 UPSTREAM = "upstream"
@@ -64,3 +64,9 @@ class Measurement:
     images_seen: int  # repetitions count
     flops: float  # of all training so far
     predictions: Path | None = None  # the answer to every evaluation image, where they are kept
+
+
+def label(cell: Cell) -> str:
+    """Name a cell in a line of text."""
+    which = f"trial {cell.folder.name.removeprefix('p')}" if cell.trial else f"seed {cell.seed}"
+    return f"{cell.variant} / {cell.family} / n={cell.examples:,} / {which}"

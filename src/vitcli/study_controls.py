@@ -55,7 +55,8 @@ def draw_metric(summary: Summary, metric: str) -> Iterator[tuple[str, str, Figur
         yield f"gap-{stem}", f"{caption}, {a} minus {b}, against pretraining images", draw_gap(summary, metric)
     if any((key.metric, key.variant) == (metric, PLAIN) for key in summary.laws):
         yield f"law-{stem}", f"Error of {words} against pretraining images, with power laws", draw_laws(summary, metric)
-    if len(curves_of(summary, metric)) > 2:
+    curves = curves_of(summary, metric)
+    if len(curves) > 2 and max(map(len, curves.values())) > 1:
         yield f"families-{stem}", f"{caption} by family, in the order stated", draw_families(summary, metric)
     others = [variant for variant in summary.variants if variant != PLAIN and curves_of(summary, metric, variant)]
     for variant in others:
@@ -201,7 +202,7 @@ def draw_families(summary: Summary, metric: str) -> Figure:
             line = [(x, mean) for x, family in enumerate(curves) for mean in at(summary, metric, family, size)]
             draw_curve(axes, [x for x, _ in line], [mean for _, mean in line], colour, band=False)
             ends.append(End(line[-1][1].estimate.value, f"{compact(size)} images", colour))
-        names = [shorten(family, 20) for family in curves]
+        names = [shorten(family, 26) for family in curves]
         crowded = sum(map(len, names)) > 48
         axes.set_xticks(range(len(names)), names, rotation=20 if crowded else 0, ha="right" if crowded else "center")
         axes.set_xlim(-0.3, len(names) - 0.7)

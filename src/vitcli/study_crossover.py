@@ -94,12 +94,13 @@ def unsure(curve: Curve, first: float, *, horizon: float) -> Crossover:
     x = np.log(curve.sizes)
     where = float(np.exp(x[0] + held(x, first * curve.values[None])[0]))
     gap = first * curve.value_replicates  # (R, K)
-    length = held(x, gap)
-    drawn = np.exp(x[0] + length)
-    drawn[(gap >= 0).all(axis=1)] = np.inf
-    drawn[(gap <= 0).all(axis=1)] = -np.inf
+    drawn = np.exp(x[0] + held(x, gap))
+    begins, stays = gap[:, 0] > 0, gap[:, -1] > 0  # as the mean does at first; and still does at last
+    drawn[stays], drawn[~begins] = np.inf, -np.inf
+    reversed_ones = np.flatnonzero(stays & ~begins)  # say nothing: half of them on either side
+    drawn[reversed_ones[::2]] = np.inf
     low, high = ends(drawn, curve.level)
-    share = float(((gap[:, 0] > 0) & (gap[:, -1] < 0)).mean())
+    share = float((begins & ~stays).mean())
     return Crossover("unsure", where, low, high, None, leader(-first), share, 0, horizon)
 
 

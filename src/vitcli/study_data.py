@@ -18,7 +18,7 @@ Say = Callable[[str], None]
 
 FEW = 1000  # evaluation images of data that does not lie here
 # settings of the data that make the images to learn from; the same for all families
-SAME_IMAGES = ("source", "val_source", "shapes", "mix", "mix_classes", "subset_seed", "sampling", "val_fraction", "label_key")
+SAME_IMAGES = ("source", "val_source", "shapes", "mosaic", "mix", "mix_classes", "subset_seed", "sampling", "val_fraction")
 
 
 def open_all(
@@ -46,7 +46,8 @@ def open_all(
                 known[images] = open_upstream(run.data, needs_data=needs_data, say=say)
             opened[variant] = (known[images], run)
             if known[images].problem is None and known[images].train_examples < size:
-                more = ", or more of the corpus (base.data.shapes.train_examples)" if run.data.source == "shapes" else ""
+                made = run.data.source in ("shapes", "mosaic")
+                more = f", or more of the corpus (base.data.{run.data.source}.train_examples)" if made else ""
                 raise DataError(
                     f"{layers.where('sizes')}: sizes goes up to {size:,} images, but {run.data.source} has "
                     f"{known[images].train_examples:,} to train on; take fewer{more}"

@@ -5,6 +5,7 @@ colour in all of them. With a single size there is no line to draw, so families 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -126,12 +127,12 @@ def draw_estimates(
     draw_marks(axes, xs, [each.value for each in estimates], colour, style="-" if filled else BROKEN, filled=filled)
 
 
-def draw_marks(axes: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, *, style: object, filled: bool) -> None:
+def draw_marks(axes: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, *, style: Any, filled: bool) -> None:
     axes.plot(
         xs,
         ys,
         marker="o",
-        linestyle=style,  # type: ignore[arg-type]  # a dash pattern is one too
+        linestyle=style,
         color=colour,
         markersize=4.5,
         linewidth=1.5,
@@ -164,7 +165,8 @@ def draw_rows(summary: Summary, rows: Sequence[tuple[str, Sequence[tuple[Mean, b
             face = colour if filled else "white"
             axes.plot(value, place, "o", color=colour, markersize=6, markerfacecolor=face, markeredgewidth=1.3, zorder=3)
         if len(means) > 1:
-            axes.hlines(place, *(mean.estimate.value for mean, _ in means[:2]), color=colour, linewidth=5, alpha=0.2, zorder=1)
+            first, last = means[0][0].estimate.value, means[-1][0].estimate.value
+            axes.hlines(place, first, last, color=colour, linewidth=5, alpha=0.2, zorder=1)
     axes.set_yticks(range(len(rows)), [shorten(family, 26) for family, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

@@ -82,9 +82,7 @@ def accuracy_table(summary: Summary, metric: str, variant: str) -> Table:
     """Return accuracies by size and family, in per cent, and the gap in points."""
     families = [family for family in summary.families if summary.curve(metric, family, variant)]
     gap = summary.gaps.get((metric, variant))
-    by_size = {
-        family: {mean.examples: mean.estimate for mean in summary.curve(metric, family, variant)} for family in families
-    }
+    by_size = {family: {mean.examples: mean.estimate for mean in summary.curve(metric, family, variant)} for family in families}
     gaps = {each.examples: each for each in gap.estimates} if gap else {}
     head = ["images", *families, *([" − ".join(summary.compare)] if gap and summary.compare else [])]
     rows = [head]
@@ -111,8 +109,9 @@ def law_words(summary: Summary, metric: str) -> str:
     for key, law in summary.laws.items():
         if (key.metric, key.variant) == (metric, PLAIN):
             low, high = law.intervals["b"]
-            rest = f" + {100 * law.c:.1f} %" if law.c >= 5e-4 else ""
-            said.append(f"{key.family}: {law.a:.3g} n^−{law.b:.2f}{rest}, exponent {low:.2f} to {high:.2f}, misses by {100 * law.misfit:.1f} points")
+            form = f"{law.a:.3g} n⁻ᵇ" + ("" if law.c < 5e-4 else f" + {100 * law.c:.1f} %")
+            fitted = f"b = {law.b:.2f} ({low:.2f} to {high:.2f}), {100 * law.misfit:.1f} points off the measured ones"
+            said.append(f"{key.family} {form} with {fitted}")
     return f"Power laws of the error after n images: {'; '.join(said)}." if said else ""
 
 

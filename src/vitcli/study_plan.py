@@ -17,7 +17,7 @@ from vitcli.config_file import Layers, dump_config
 from vitcli.device import choose_device
 from vitcli.models.flops import count_parameters, forward_flops, training_flops
 from vitcli.rundir import write_text
-from vitcli.study_cells import PLAIN, UPSTREAM, Cell
+from vitcli.study_cells import PLAIN, UPSTREAM, Cell, label
 from vitcli.study_config import StudyConfig, nearest_size, points_of
 from vitcli.study_data import open_all, open_transfer
 from vitcli.study_file import dump_study, read_study
@@ -28,11 +28,7 @@ __all__ = ["Group", "Study", "Upstream", "begin_cell", "begin_study", "label", "
 
 Say = Callable[[str], None]
 
-FEW = 1000  # evaluation images of data that does not lie here
 FLOPS_TOLERANCE = 0.1
-# settings of the data that make the images to learn from; the same for all families
-SAME_IMAGES = ("source", "val_source", "shapes", "mix", "mix_classes", "subset_seed", "sampling", "val_fraction", "label_key")
-
 
 Chosen = Mapping[Group, Mapping[str, Any]] | Mapping[tuple[str, str, int], Mapping[str, Any]]
 
@@ -157,12 +153,6 @@ class Study:
             self.known[key] = settle(config, layers, group, self.upstreams[group.variant], device=self.device)
         made: tuple[Config, int] = self.known[key]
         return made
-
-
-def label(cell: Cell) -> str:
-    """Name a cell in a line of text."""
-    which = f"trial {cell.folder.name.removeprefix('p')}" if cell.trial else f"seed {cell.seed}"
-    return f"{cell.variant} / {cell.family} / n={cell.examples:,} / {which}"
 
 
 # ---------------------------------------------------------------- planning

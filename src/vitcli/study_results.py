@@ -29,7 +29,7 @@ from vitcli.study_cells import UPSTREAM, Cell, Measurement, Stage
 from vitcli.study_plan import Group, Study
 from vitcli.train import SUMMARY
 
-__all__ = ["Answers", "Trial", "as_csv", "choose", "measure", "measure_cell", "read_answers", "trials_of"]
+__all__ = ["Answers", "Trial", "as_csv", "choose", "chosen_of", "measure", "measure_cell", "read_answers", "trials_of"]
 
 METRICS, FAILED = "metrics.jsonl", "failed.json"
 COLUMNS = (
@@ -71,15 +71,20 @@ def trials_of(study: Study) -> dict[Group, list[Trial]]:
 
 
 def choose(study: Study) -> dict[Group, Mapping[str, Any]]:
+    """Return the settings that the search chooses, of every group for which it is over; {} without a search."""
+    return chosen_of(trials_of(study))
+
+
+def chosen_of(trials: Mapping[Group, Sequence[Trial]]) -> dict[Group, Mapping[str, Any]]:
     """Return the settings with the highest top-1 on the development split, of every group whose trials are all over.
 
     Of equal ones those with the lower loss, then those stated first. A group is left out while one of its trials is to be run,
     or failed for another reason than its settings, and where none came to its end.
     """
     chosen: dict[Group, Mapping[str, Any]] = {}
-    for group, trials in trials_of(study).items():
-        best = max(trials, key=lambda trial: trial.merit)
-        if all(trial.over for trial in trials) and best.top1 is not None:
+    for group, tried in trials.items():
+        best = max(tried, key=lambda trial: trial.merit)
+        if all(trial.over for trial in tried) and best.top1 is not None:
             chosen[group] = best.cell.point
     return chosen
 

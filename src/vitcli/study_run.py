@@ -23,8 +23,7 @@ from vitcli.interrupts import StopSignals
 from vitcli.jobs import Child, begin, end_all
 from vitcli.logs import duration
 from vitcli.rundir import read_json, write_json
-from vitcli.study_cells import Cell, Stage
-from vitcli.study_plan import label
+from vitcli.study_cells import Cell, Stage, label
 
 __all__ = ["FAILED", "Job", "Runner", "is_over", "remaining"]
 

@@ -152,7 +152,7 @@ def contrast(
         series: F families, or variants of them.
         weights: F numbers.
         readings: the sizes are readings of the same runs (one-pass form). Their seed noise is then not independent from size to
-            size: pooling averages it but adds no degrees of freedom, and replicates keep its correlation.
+            size: pooling at most doubles the degrees of freedom, and replicates keep its correlation.
         resamples: replicates, rounded up to an even number.
         seed: of the replicates.
 
@@ -245,17 +245,19 @@ def normal_draws(covariance: Floats, draws: int, generator: np.random.Generator)
 # ---------------------------------------------------------------- seeds
 
 
-def seed_variances(row: Series, *, readings: bool) -> tuple[Floats, int]:
+def seed_variances(row: Series, *, readings: bool) -> tuple[Floats, float]:
     """Return the variance of one seed's accuracy at each size, (K,), and its degrees of freedom; 0 and zeros if not known."""
     freedom = np.array([len(scores.means) - 1 for scores in row])
     if not freedom.any():
-        return np.zeros(len(row)), 0
+        return np.zeros(len(row)), 0.0
     own = np.array([scores.means.var(ddof=1) if len(scores.means) > 1 else 0.0 for scores in row])
     shares = np.array([(scores.mean * scores.count + 1) / (scores.count + 2) for scores in row])  # off 0 and 1
     binomial = shares * (1 - shares)
     pooled = (freedom * own / binomial).sum() / freedom.sum() * binomial
     least = np.array([scores.answer_noise for scores in row])  # what is there even if the seeds' accuracies agree by luck
-    return np.maximum.reduce([own, pooled, least]), int(freedom.max() if readings else freedom.sum())
+    # Of K variances that correlate with r, the mean has K / (1 + (K - 1) r) times the degrees of one: here r is taken as 1/2.
+    degrees = freedom.max() * 2 * len(row) / (len(row) + 1) if readings else freedom.sum()
+    return np.maximum.reduce([own, pooled, least]), float(degrees)
 
 
 def seed_draws(table: Sequence[Series], draws: int, generator: np.random.Generator, *, readings: bool) -> Floats:
@@ -277,7 +279,7 @@ def seed_draws(table: Sequence[Series], draws: int, generator: np.random.Generat
     return found
 
 
-def heavy_tails(variances: Floats, freedom: NDArray[np.int64], draws: int, generator: np.random.Generator) -> Floats:
+def heavy_tails(variances: Floats, freedom: Floats, draws: int, generator: np.random.Generator) -> Floats:
     """Return factors (draws, K) that turn normal numbers into Student's t: the seeds' variance is itself known from few seeds.
 
     Args:

@@ -15,8 +15,7 @@ from rich.table import Table
 
 from vitcli.claims import is_claimed
 from vitcli.logs import duration
-from vitcli.study_cells import Cell, Measurement
-from vitcli.study_plan import label
+from vitcli.study_cells import Cell, Measurement, label
 
 __all__ = ["Standing", "View", "last_step", "open_view", "operations_of", "table_of"]
 

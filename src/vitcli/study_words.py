@@ -29,8 +29,8 @@ def describe_study(study: Study) -> list[str]:
         f"  {'cells':<36}{'images':>25}{'runs':>6}{'images seen':>16}{'FLOPs':>11}{'hours':>11}",
         *cell_rows(study, trials, finals),
         "",
-        f"in all {len(finals)} cells{tried}, {total:.3g} FLOPs, about {total / speed / 3600:,.3g} h of pretraining on one device like "
-        f"this ({hardware(study.device)}, taken for {speed / 1e9:,.0f} GFLOP/s); probes, fine-tuning and evaluation come on top",
+        f"in all {len(finals)} cells{tried}, {total:.3g} FLOPs, about {total / speed / 3600:,.3g} h of pretraining on a device "
+        f"like this ({hardware(study.device)}, taken for {speed / 1e9:,.0f} GFLOP/s); the rest comes on top",
         f"the first begins with: vit {shlex.join(first.words)}",
     ]
 
@@ -56,12 +56,9 @@ def form_lines(study: Study, one: Cell) -> Iterator[str]:
             form += f", or ends after {length.early_stop_evals} evaluations clearly below the best"
             form += f" (on {100 * length.dev_fraction:g} % of its images)"
     yield f"  form      {form}"
-    source, sizes = (
-        study.settings(one).data.source,
-        f"{upstream.train_examples:,} training and {upstream.val_examples:,} evaluation",
-    )
-    known = f"{sizes} images, {upstream.num_classes:,} classes" if upstream.problem is None else "not here"
-    yield f"  data      {source}: {known}"
+    sizes = f"{upstream.train_examples:,} training and {upstream.val_examples:,} evaluation images"
+    known = f"{sizes}, {upstream.num_classes:,} classes" if upstream.problem is None else "not here"
+    yield f"  data      {study.settings(one).data.source}: {known}"
     yield f"  seeds     {', '.join(map(str, config.seeds))}"
     yield f"  measured  {', '.join(study.metrics())}"
     if config.search is not None:

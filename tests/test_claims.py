@@ -1,6 +1,7 @@
 """Claims on folders: one holder at a time, whoever dies, also where locks do not reach the other machine."""
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -52,7 +53,7 @@ def test_a_command_that_lives_on_keeps_the_claim(tmp_path: Path) -> None:
     claim = Claims().take(tmp_path)
     assert claim is not None
     with subprocess.Popen(["sleep", "60"], pass_fds=[claim.descriptor]) as process:
-        claims.os.close(claim.descriptor)  # as the kernel does for a holder that is killed
+        os.close(claim.descriptor)  # as the kernel does for a holder that is killed
         assert Claims().take(tmp_path) is None
         process.kill()
     taken = Claims().take(tmp_path)

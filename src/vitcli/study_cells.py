@@ -1,7 +1,8 @@
 """What a study is made of: cells, the commands that are run for each, and what is measured.
 
 A cell is one pretraining run and what is done with its weights. Names of metrics: `upstream` (top-1 on the pretraining set's
-evaluation split), `fewshot:SET:SHOTS`, `finetune:SET`, and `translate:PIXELS` (upstream, the evaluation images moved).
+evaluation split), `fewshot:SET:SHOTS`, `finetune:SET`, `translate:PIXELS` (upstream, the evaluation images moved) and
+`unchanged:PIXELS` (share of their first guesses that are those of the images as they were).
 """
 
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ class Measurement:
     seed: int
     metric: str
     value: float  # in [0, 1]
-    count: int  # evaluation images behind it
+    count: int  # evaluation images behind it; 0 if that is not known
     images_seen: int  # repetitions count
     flops: float  # of all training so far
     predictions: Path | None = None  # the answer to every evaluation image, where they are kept

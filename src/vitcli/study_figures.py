@@ -203,7 +203,8 @@ def draw_gap(summary: Summary, metric: str) -> Figure:
             words = f"{shorten(ahead, 26)} ahead"
             axes.text(0.012, y, words, color=colour, va=edge, fontsize=8.5, transform=axes.transAxes)
         axes.set_ylabel(f"{metric_words(metric)}, points:\n{shorten(a, 20)} − {shorten(b, 20)}")
-        axes.set_title(crossover_words(gap.crossover), fontsize=9)
+        if len(sizes) > 1:
+            axes.set_title(crossover_words(gap.crossover), fontsize=9)
         points(axes)
         return figure
 

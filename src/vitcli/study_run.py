@@ -108,13 +108,15 @@ class Runner:
             Interrupted: a signal arrived; the commands that were running have saved and ended.
             UserError: the disk is full, or the folder cannot be written; likewise.
         """
+        cells: Sequence[Cell] = ()
         ended, settled, looked = True, False, 0.0
         try:
             while True:
                 ended = self.look_after_jobs(stop) or ended
                 stop.check()
                 if ended or time.monotonic() - looked >= LOOK_SECONDS:
-                    cells = todo()
+                    if ended or len(self.jobs) < len(self.slots):  # else nothing new could begin
+                        cells = todo()
                     self.report(ended)
                     left, looked = self.left(cells), time.monotonic()
                     ended = self.begin_some(left)

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from vitcli.claims import is_claimed
 from vitcli.logs import duration
@@ -83,8 +84,8 @@ def table_of(standing: Standing) -> Group:
     for variant, family in dict.fromkeys((cell.variant, cell.family) for cell in reported):
         row = [cell for cell in reported if (cell.variant, cell.family) == (variant, family)]
         texts = [entry(row, size, shown, standing) for size in standing.sizes]
-        table.add_row(variant, family, *texts)
-    return Group(table, *running_lines(standing), summary_line(standing))
+        table.add_row(*map(Text, (variant, family, *texts)))
+    return Group(table, *map(Text, [*running_lines(standing), summary_line(standing)]))
 
 
 def entry(row: Sequence[Cell], size: int, shown: str | None, standing: Standing) -> str:

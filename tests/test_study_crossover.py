@@ -215,7 +215,7 @@ def drawn(
 ) -> tuple[Curve, Crossover]:
     """Return a study of planted accuracies, each seed with noise of its own."""
     rows = [[Scores(int(n), p + generator.normal(0, sd, seeds), 10**9) for n, p in zip(SIZES, row)] for row in (a, b)]
-    curve = gaps(*rows, resamples=1_000)
+    curve = gaps(*rows, resamples=600)
     return curve, crossover(curve, power_laws(curve))
 
 
@@ -223,18 +223,18 @@ def drawn(
 def test_intervals_of_crossovers_hold_what_was_planted() -> None:
     generator = np.random.default_rng(0)
     gap = 0.012 * np.log2(SIZES / 6_500)
-    inside = [drawn(generator, 0.5 + gap / 2, 0.5 - gap / 2)[1] for _ in range(100)]
+    inside = [drawn(generator, 0.5 + gap / 2, 0.5 - gap / 2)[1] for _ in range(50)]
     measured = [each for each in inside if each.kind == "measured"]
-    assert len(measured) > 90
+    assert len(measured) > 44
     assert sum((each.low or 0) <= 6_500 <= (each.high or 0) for each in measured) >= 0.92 * len(measured)
-    beyond = [drawn(generator, law(2.1, 0.2, 0.0), law(1.5, 0.2, 0.06))[1] for _ in range(60)]
+    beyond = [drawn(generator, law(2.1, 0.2, 0.0), law(1.5, 0.2, 0.06))[1] for _ in range(30)]
     told = [each for each in beyond if each.kind == "extrapolated"]
-    assert len(told) > 40 and not any(each.kind == "measured" for each in beyond)
+    assert len(told) > 20 and not any(each.kind == "measured" for each in beyond)
     assert sum((each.low or 0) <= 100_000 <= (each.high or np.inf) for each in told) >= 0.9 * len(told)
 
 
 @pytest.mark.slow
 def test_equal_families_hardly_ever_cross_for_sure() -> None:
     generator = np.random.default_rng(0)
-    kinds = [drawn(generator, law(5.0, 0.3, 0.1), law(5.0, 0.3, 0.1))[1].kind for _ in range(100)]
-    assert kinds.count("measured") <= 5
+    kinds = [drawn(generator, law(5.0, 0.3, 0.1), law(5.0, 0.3, 0.1))[1].kind for _ in range(50)]
+    assert kinds.count("measured") <= 3

@@ -86,7 +86,7 @@ def test_a_study_that_has_begun_is_kept(tmp_path: Path) -> None:
     (run / "checkpoints" / "step_00000004").mkdir(parents=True)
     refuse_other_study(out, config)
     refuse_other_study(out, read(tmp_path, "seeds=[0,1,2]"))
-    with pytest.raises(RunExistsError, match=r"another study is here: base\.optim\.lr \(0\.001 there, 0\.002 now\)"):
+    with pytest.raises(RunExistsError, match=r"this study has other settings: base\.optim\.lr \(0\.001 there, 0\.002 now\)"):
         refuse_other_study(out, other)
     (out / "study.yaml").write_text("title: [", encoding="utf-8")
     with pytest.raises(RunExistsError, match=r"whose settings cannot be read .*study\.yaml"):

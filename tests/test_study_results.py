@@ -277,6 +277,7 @@ def test_answers_to_other_images_are_not_paired(tmp_path: Path) -> None:
     assert np.array_equal(a.correct, c.correct)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_when_they_are_asked_for(tmp_path: Path) -> None:
     study = plan(tmp_path, sizes=[100, 400])
     make(study)

@@ -134,12 +134,14 @@ def test_a_failure_elsewhere_is_not_repeated_here(tmp_path: Path) -> None:
     bad = make_cell(tmp_path, "b", "echo x >> starts; exit 1")
     found: list[dict[str, str]] = []
     first = threading.Thread(target=lambda: found.append(run(tmp_path, [slow, bad])))
-    first.start()
-    wait_until(lambda: (tmp_path / "logs" / "cells-a.txt").exists(), "the first cell")
     second = threading.Thread(target=lambda: found.append(run(tmp_path, [bad, slow])))
-    second.start()
-    wait_until(lambda: (bad.folder / FAILED).exists(), "the failure")
-    gate.touch()
+    first.start()
+    try:
+        wait_until(lambda: (tmp_path / "logs" / "cells-a.txt").exists(), "the first cell")
+        second.start()
+        wait_until(lambda: (bad.folder / FAILED).exists(), "the failure")
+    finally:
+        gate.touch()
     first.join()
     second.join()
     assert starts(bad) == 1 and [set(problems) for problems in found] == [{"b"}, {"b"}]
@@ -260,9 +262,11 @@ def test_the_command_of_a_killed_process_is_waited_for(tmp_path: Path) -> None:
     said: list[str] = []
     thread = threading.Thread(target=lambda: run(tmp_path, cells, said=said))
     thread.start()
-    wait_until(lambda: starts(cells[1]) == 1, "the second cell")  # the first one is left to what was started
-    assert starts(cells[0]) == 1 and Claims().take(cells[0].folder) is None
-    gate.touch()
+    try:
+        wait_until(lambda: starts(cells[1]) == 1, "the second cell")  # the first one is left to what was started
+        assert starts(cells[0]) == 1 and Claims().take(cells[0].folder) is None
+    finally:
+        gate.touch()
     thread.join()
     assert [starts(cell) for cell in cells] == [1, 1] and all(map(is_over, cells))
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from vitcli.predictions import VAL_PREDICTIONS, Predictions, reading_file, save_predictions
-from vitcli.study_cells import Cell, Stage
-from vitcli.study_plan import Study
+from vitcli.study.cells import Cell, Stage
+from vitcli.study.plan import Study
 
 CLASSES = 4
 Accuracy = Callable[[Cell, str], float]  # of a cell by metric; in the one-pass form of the cell's last reading

@@ -23,13 +23,10 @@ LAYERS = (
     {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
     | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
     | {"views", "translation", "label_sets", "claims", "jobs"}
-    | {"study_stats", "study_laws", "study_crossover"},
     {"step", "watch", "ending"},
     {"fit"},
     {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"}
-    | {"study_cells", "study_config", "study_file", "study_settings", "study_data", "study_folder", "study_plan", "study_words"}
-    | {"study", "study_run", "study_table"}
-    | {"study_axes", "study_figures", "study_controls", "study_summary", "study_results", "study_page", "study_record"},
+    | {"study"},
     {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"}
     | {"cli_study"},
     {"__main__"},

@@ -12,9 +12,9 @@ from vitcli.errors import ConfigError
 from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.recipes import finetune_recipe
-from vitcli.study_file import dump_study, read_study
-from vitcli.study_plan import plan_study
-from vitcli.study_words import describe_study
+from vitcli.study.file import dump_study, read_study
+from vitcli.study.plan import plan_study
+from vitcli.study.words import describe_study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs").rglob("study-*.yaml"))

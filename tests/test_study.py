@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from tests.harness import vit, wait_until
-from vitcli.study_cells import PLAIN, UPSTREAM, Cell, Measurement, Stage
-from vitcli.study_table import Standing, last_step, open_view, summary_line
+from vitcli.study.cells import PLAIN, UPSTREAM, Cell, Measurement, Stage
+from vitcli.study.table import Standing, last_step, open_view, summary_line
 
 ROOT = Path(__file__).parents[1]
 EVERY = 5  # steps between checkpoints

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import optimize
 
-from vitcli.study_crossover import Crossover, crossover, verdict
-from vitcli.study_laws import power_laws
-from vitcli.study_stats import Curve, Scores, Series, accuracies, gaps
+from vitcli.study.crossover import Crossover, crossover, verdict
+from vitcli.study.laws import power_laws
+from vitcli.study.stats import Curve, Scores, Series, accuracies, gaps
 
 Floats = NDArray[np.float64]
 

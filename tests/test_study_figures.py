@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from vitcli.figures import shorten
-from vitcli.study_axes import chosen_ticks, compact, round_ticks, spread
-from vitcli.study_cells import Measurement
-from vitcli.study_controls import draw_control, draw_families, draw_study, draw_translation
-from vitcli.study_crossover import Crossover
-from vitcli.study_figures import crossover_words, draw_accuracy, draw_gap, draw_laws, law_words
-from vitcli.study_summary import Summary, metric_words, summarise
+from vitcli.study.axes import chosen_ticks, compact, round_ticks, spread
+from vitcli.study.cells import Measurement
+from vitcli.study.controls import draw_control, draw_families, draw_study, draw_translation
+from vitcli.study.crossover import Crossover
+from vitcli.study.figures import crossover_words, draw_accuracy, draw_gap, draw_laws, law_words
+from vitcli.study.summary import Summary, metric_words, summarise
 
 FAMILIES = ["mlp", "vit", "hybrid", "resnet-restricted", "resnet", "a-family-with-a-rather-long-name"]
 SIZES = [1000, 3000, 10_000, 31_250, 100_000, 300_000, 1_000_000]

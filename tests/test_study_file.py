@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from vitcli.errors import ConfigError
-from vitcli.study_config import nearest_size, points_of
-from vitcli.study_file import dump_study, read_study, run_layers
+from vitcli.study.config import nearest_size, points_of
+from vitcli.study.file import dump_study, read_study, run_layers
 
 STUDY = """title: A study
 form: grid

@@ -6,9 +6,9 @@ import pytest
 
 from tests.test_study_file import STUDY
 from vitcli.errors import RunExistsError
-from vitcli.study_config import StudyConfig
-from vitcli.study_file import dump_study, read_study
-from vitcli.study_folder import problem_of_growth, refuse_other_study
+from vitcli.study.config import StudyConfig
+from vitcli.study.file import dump_study, read_study
+from vitcli.study.folder import problem_of_growth, refuse_other_study
 
 
 def read(folder: Path, *words: str, text: str = STUDY) -> StudyConfig:

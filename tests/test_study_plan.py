@@ -10,9 +10,9 @@ from tests.harness import vit
 from tests.test_study_file import STUDY
 from vitcli.config_file import load_config
 from vitcli.errors import ConfigError, DataError, RunExistsError
-from vitcli.study_cells import Cell, label
-from vitcli.study_plan import Group, Study, begin_cell, begin_study, plan_study
-from vitcli.study_words import describe_study
+from vitcli.study.cells import Cell, label
+from vitcli.study.plan import Group, Study, begin_cell, begin_study, plan_study
+from vitcli.study.words import describe_study
 
 DATA = "  data: {source: shapes, image_size: 16, shapes: {classes: 4, train_examples: 40, val_examples: 8}}"
 GRID = STUDY.replace("  data: {source: shapes, image_size: 16}", DATA)

@@ -13,10 +13,10 @@ import yaml
 
 from tests.made_study import make_cell, predictions, write_json, write_predictions
 from vitcli.errors import UserError
-from vitcli.study_cells import Cell, Measurement
-from vitcli.study_plan import Study, plan_study
-from vitcli.study_record import write_study
-from vitcli.study_results import choose, measure, read_answers
+from vitcli.study.cells import Cell, Measurement
+from vitcli.study.plan import Study, plan_study
+from vitcli.study.record import write_study
+from vitcli.study.results import choose, measure, read_answers
 
 STUDY: dict[str, Any] = {
     "title": "Planted",

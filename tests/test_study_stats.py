@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from vitcli.study_stats import Curve, Scores, Series, accuracies, contrast, gaps
+from vitcli.study.stats import Curve, Scores, Series, accuracies, contrast, gaps
 
 Floats = NDArray[np.float64]
 

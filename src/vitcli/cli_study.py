@@ -30,7 +30,7 @@ def study(
     The same command goes on where it was stopped; given again elsewhere, it takes part in the same folder. Exit code 1 if a
     cell failed; the others are run all the same.
     """
-    from vitcli.study import study as run
+    from vitcli.study.command import study as run
 
     if not run(config, overrides or [], out=out, jobs=jobs, dry_run=dry_run, say=say):
         raise typer.Exit(1)

@@ -17,7 +17,8 @@ __all__ = ["PatchPermutation", "as_seen", "patch_order"]
 def patch_order(*, rows: int, columns: int) -> list[int]:
     """Return which patch, counted row by row, is shown at each place of a grid; a function of the grid alone."""
     places = np.arange(rows * columns)
-    return permute(places, rows * columns, derive_seed("patch permutation", rows, columns)).tolist()
+    order: list[int] = permute(places, rows * columns, derive_seed("patch permutation", rows, columns)).tolist()
+    return order
 
 
 class PatchPermutation(nn.Module):
@@ -60,4 +61,5 @@ def as_seen(images: Tensor, *, image_size: tuple[int, int], permutation: PatchPe
     """
     if images.shape[-2:] != image_size:
         raise ValueError(f"the model takes images of {image_size} px, got {tuple(images.shape[-2:])}")
-    return images if permutation is None else permutation(images)  # type: ignore[no-any-return]
+    seen: Tensor = images if permutation is None else permutation(images)
+    return seen

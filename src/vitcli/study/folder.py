@@ -8,8 +8,8 @@ from typing import Any
 from vitcli.config import Config
 from vitcli.errors import ConfigError, RunExistsError
 from vitcli.rundir import differing_keys
-from vitcli.study_config import StudyConfig
-from vitcli.study_file import read_study
+from vitcli.study.config import StudyConfig
+from vitcli.study.file import read_study
 from vitcli.train import begun, keys_free_to_change, value_at
 
 __all__ = ["STATED", "problem_of_growth", "refuse_other_study"]

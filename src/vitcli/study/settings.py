@@ -17,9 +17,9 @@ from vitcli.config_file import Layers, check_config, flatten
 from vitcli.config_file import validate as validate_run
 from vitcli.errors import ConfigError
 from vitcli.plan import resolve
-from vitcli.study_cells import UPSTREAM, Stage
-from vitcli.study_config import StudyConfig
-from vitcli.study_file import run_layers
+from vitcli.study.cells import UPSTREAM, Stage
+from vitcli.study.config import StudyConfig
+from vitcli.study.file import run_layers
 from vitcli.train import short_name
 
 __all__ = ["SETTINGS", "Group", "Upstream", "run_settings", "settle", "stages"]

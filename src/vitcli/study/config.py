@@ -1,6 +1,6 @@
 """The schema of a study's YAML: what is compared, over which amounts of data, and what is measured.
 
-`base`, `families` and `variants` hold settings of a run; `study_file` makes them, with their places, those of every run.
+`base`, `families` and `variants` hold settings of a run; `file` makes them, with their places, those of every run.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from vitcli.config_file import flatten
 from vitcli.section import Count, Length, PositiveInt, Section
-from vitcli.study_cells import PLAIN
+from vitcli.study.cells import PLAIN
 
 __all__ = [
     *("LengthConfig", "SearchConfig", "StudyConfig", "TransferConfig", "VariantConfig"),

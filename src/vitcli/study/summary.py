@@ -1,6 +1,6 @@
 """What follows from a study's measurements: means with intervals, gaps, power laws, crossovers and words for them.
 
-`study_stats` and `study_crossover` do the statistics on arrays; here measurements become their arrays and keep their names.
+`stats` and `crossover` do the statistics on arrays; here measurements become their arrays and keep their names.
 What was worked out once is kept in the process, so that a study in progress costs only what a new cell changed.
 """
 
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitcli.study_cells import PLAIN, UPSTREAM, Measurement
-from vitcli.study_crossover import Crossover, crossover, verdict
-from vitcli.study_laws import PowerLaw, power_laws
-from vitcli.study_results import Answers, read_answers
-from vitcli.study_stats import Estimate, Scores, accuracies, contrast, gaps
+from vitcli.study.cells import PLAIN, UPSTREAM, Measurement
+from vitcli.study.crossover import Crossover, crossover, verdict
+from vitcli.study.laws import PowerLaw, power_laws
+from vitcli.study.results import Answers, read_answers
+from vitcli.study.stats import Estimate, Scores, accuracies, contrast, gaps
 
 __all__ = ["Curve", "Gap", "Mean", "Summary", "metric_words", "short_set", "summarise"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from vitcli import claims
-from vitcli.claims import Claims, is_claimed
 from vitcli.errors import UserError
+from vitcli.study.claims import Claims, is_claimed
 
 
 def other_machine() -> Claims:
@@ -23,7 +23,7 @@ def other_machine() -> Claims:
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let locks reach nobody, as some file systems do between machines, and a machine be given up after no time."""
-    monkeypatch.setattr("vitcli.claims.fcntl.flock", lambda descriptor, operation: None)
+    monkeypatch.setattr("vitcli.study.claims.fcntl.flock", lambda descriptor, operation: None)
     monkeypatch.setattr(claims, "SILENT_SECONDS", 0.0)
     monkeypatch.setattr(claims, "CONFIRM_SECONDS", 0.0)
 
@@ -97,7 +97,7 @@ def test_silence_is_counted_in_minutes(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / ".holder").write_text(json.dumps({"machine": "another"}))
     now = [1000.0]
     monkeypatch.setattr(claims, "CONFIRM_SECONDS", 0.0)
-    monkeypatch.setattr("vitcli.claims.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vitcli.study.claims.time.monotonic", lambda: now[0])
     taker = Claims()
     for seconds in (0, 60, 119):
         now[0] = 1000.0 + seconds
@@ -121,7 +121,7 @@ def test_of_two_that_take_over_at_once_one_gets_it(tmp_path: Path, monkeypatch: 
     takers = [Claims(), other_machine()]
     assert [taker.take(tmp_path) for taker in takers] == [None, None]
     both_there = threading.Barrier(2)
-    monkeypatch.setattr("vitcli.claims.time.sleep", lambda seconds: both_there.wait(30))
+    monkeypatch.setattr("vitcli.study.claims.time.sleep", lambda seconds: both_there.wait(30))
     found: list[object] = []
     threads = [threading.Thread(target=lambda taker=taker: found.append(taker.take(tmp_path))) for taker in takers]
     # both must have found it silent before one writes

@@ -9,8 +9,8 @@ from vitcli.config_file import Layers
 from vitcli.data.named import NAMED_SETS, data_root, present_sets
 from vitcli.data.sources import open_source
 from vitcli.errors import ConfigError, DataError
-from vitcli.study_config import StudyConfig, points_of
-from vitcli.study_settings import Group, Upstream, run_settings
+from vitcli.study.config import StudyConfig, points_of
+from vitcli.study.settings import Group, Upstream, run_settings
 
 __all__ = ["open_all", "open_transfer"]
 

@@ -1,6 +1,6 @@
 """Where one family overtakes another: measured, extrapolated from power laws, or not at all; and the verdict in words.
 
-All of it works on the replicates of a gap (study_stats), so its intervals mean what the gap's do. Shapes: `K` sizes,
+All of it works on the replicates of a gap (`stats`), so its intervals mean what the gap's do. Shapes: `K` sizes,
 `R` replicates.
 """
 
@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.study_laws import PARAMETERS, PowerLaw
-from vitcli.study_stats import Curve, Estimate, tails
+from vitcli.study.laws import PARAMETERS, PowerLaw
+from vitcli.study.stats import Curve, Estimate, tails
 
 __all__ = ["Crossover", "crossover", "verdict"]
 

@@ -16,13 +16,13 @@ from vitcli.errors import ConfigError, RunExistsError, UserError
 from vitcli.interrupts import StopSignals
 from vitcli.jobs import slots_of
 from vitcli.rundir import lock_run
-from vitcli.study_cells import Cell, Measurement, label
-from vitcli.study_plan import Study, begin_cell, begin_study, plan_study
-from vitcli.study_record import write_study
-from vitcli.study_results import choose, measure
-from vitcli.study_run import Runner, is_over
-from vitcli.study_table import Standing, View, open_view, operations_of
-from vitcli.study_words import describe_study
+from vitcli.study.cells import Cell, Measurement, label
+from vitcli.study.plan import Study, begin_cell, begin_study, plan_study
+from vitcli.study.record import write_study
+from vitcli.study.results import choose, measure
+from vitcli.study.runner import Runner, is_over
+from vitcli.study.table import Standing, View, open_view, operations_of
+from vitcli.study.words import describe_study
 
 __all__ = ["study"]
 

@@ -25,8 +25,8 @@ from vitcli.errors import UserError
 from vitcli.predictions import VAL_PREDICTIONS, load_predictions, reading_file
 from vitcli.run_record import read_rows
 from vitcli.rundir import read_json
-from vitcli.study_cells import UPSTREAM, Cell, Measurement, Stage
-from vitcli.study_plan import Group, Study
+from vitcli.study.cells import UPSTREAM, Cell, Measurement, Stage
+from vitcli.study.plan import Group, Study
 from vitcli.train import SUMMARY
 
 __all__ = ["Answers", "Trial", "as_csv", "choose", "chosen_of", "measure", "measure_cell", "read_answers", "trials_of"]

@@ -6,11 +6,11 @@ Accuracies are in per cent and differences in points, each with its 95 % interva
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitcli.study_axes import compact, signed
-from vitcli.study_cells import PLAIN, UPSTREAM
-from vitcli.study_figures import crossover_words
-from vitcli.study_stats import Estimate
-from vitcli.study_summary import Summary, metric_words
+from vitcli.study.axes import compact, signed
+from vitcli.study.cells import PLAIN, UPSTREAM
+from vitcli.study.figures import crossover_words
+from vitcli.study.stats import Estimate
+from vitcli.study.summary import Summary, metric_words
 
 __all__ = ["accuracy_table", "as_markdown", "as_text", "page"]
 
@@ -22,7 +22,7 @@ def page(summary: Summary, record: Mapping[str, Any], figures: Drawn) -> str:
     """Return the page.
 
     Args:
-        record: what study.json says: see `study_record.record_of`.
+        record: what study.json says: see `record.record_of`.
         figures: those that are in figures/, as PNG and SVG.
     """
     parts = [f"# {summary.title}", status(record)]

@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vitcli.claims import is_claimed
 from vitcli.logs import duration
-from vitcli.study_cells import Cell, Measurement, label
+from vitcli.study.cells import Cell, Measurement, label
+from vitcli.study.claims import is_claimed
 
 __all__ = ["Standing", "View", "last_step", "open_view", "operations_of", "table_of"]
 

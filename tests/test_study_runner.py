@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.harness import wait_until
-from vitcli import claims, study_run
-from vitcli.claims import Claims
 from vitcli.errors import Interrupted, UserError
 from vitcli.interrupts import StopSignals
 from vitcli.rundir import read_json
-from vitcli.study_cells import PLAIN, Cell, Stage
-from vitcli.study_run import FAILED, Runner, is_over
+from vitcli.study import claims, runner
+from vitcli.study.cells import PLAIN, Cell, Stage
+from vitcli.study.claims import Claims
+from vitcli.study.runner import FAILED, Runner, is_over
 
 ROOT = Path(__file__).parents[1]
 WORK = "echo x >> starts; touch done"
@@ -26,9 +26,9 @@ WORK = "echo x >> starts; touch done"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_run, "command", shell)
-    monkeypatch.setattr(study_run, "TICK_SECONDS", 0.01)
-    monkeypatch.setattr(study_run, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(runner, "command", shell)
+    monkeypatch.setattr(runner, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.05)
 
 
 def shell(stage: Stage) -> list[str]:
@@ -218,9 +218,9 @@ def test_a_cell_that_was_taken_over_is_left_alone(tmp_path: Path, monkeypatch: p
 DRIVER = """
 import sys
 from pathlib import Path
-from vitcli import study_run
+from vitcli.study import runner as study_run
 from vitcli.interrupts import StopSignals
-from vitcli.study_cells import Cell, Stage
+from vitcli.study.cells import Cell, Stage
 study_run.TICK_SECONDS, study_run.LOOK_SECONDS = 0.01, 0.05
 study_run.command = lambda stage: ["sh", "-c", f"cd '{stage.done.parent}'; {stage.words[0]}"]
 out, work, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

@@ -13,13 +13,13 @@ from vitcli.config_file import flatten
 from vitcli.errors import UserError
 from vitcli.figures import save_figure
 from vitcli.rundir import read_json, write_json, write_text
-from vitcli.study_cells import PLAIN, Cell, Measurement, label
-from vitcli.study_controls import draw_study
-from vitcli.study_laws import PowerLaw
-from vitcli.study_page import accuracy_table, as_text, page
-from vitcli.study_plan import Study
-from vitcli.study_results import Trial, as_csv, chosen_of, measure_cell, trials_of
-from vitcli.study_summary import Summary, metric_words, summarise
+from vitcli.study.cells import PLAIN, Cell, Measurement, label
+from vitcli.study.controls import draw_study
+from vitcli.study.laws import PowerLaw
+from vitcli.study.page import accuracy_table, as_text, page
+from vitcli.study.plan import Study
+from vitcli.study.results import Trial, as_csv, chosen_of, measure_cell, trials_of
+from vitcli.study.summary import Summary, metric_words, summarise
 from vitcli.train import MANIFEST, SUMMARY
 
 __all__ = ["record_of", "write_study"]

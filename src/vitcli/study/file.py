@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from vitcli.config_file import Layers, PlainDumper, flatten, setting_keys, shown, unfit
 from vitcli.errors import ConfigError
-from vitcli.study_cells import PLAIN
-from vitcli.study_config import LengthConfig, SearchConfig, StudyConfig, TransferConfig, VariantConfig, points_of
+from vitcli.study.cells import PLAIN
+from vitcli.study.config import LengthConfig, SearchConfig, StudyConfig, TransferConfig, VariantConfig, points_of
 
 __all__ = ["dump_study", "read_study", "run_layers"]
 

@@ -17,13 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vitcli.claims import Claim, Claims
 from vitcli.errors import UserError
 from vitcli.interrupts import StopSignals
 from vitcli.jobs import Child, begin, end_all
 from vitcli.logs import duration
 from vitcli.rundir import read_json, write_json
-from vitcli.study_cells import Cell, Stage, label
+from vitcli.study.cells import Cell, Stage, label
+from vitcli.study.claims import Claim, Claims
 
 __all__ = ["FAILED", "Job", "Runner", "is_over", "remaining"]
 

@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from vitcli.device import flops_per_second, hardware
-from vitcli.study_cells import PLAIN, Cell
-from vitcli.study_config import points_of
-from vitcli.study_plan import Study, cost
+from vitcli.study.cells import PLAIN, Cell
+from vitcli.study.config import points_of
+from vitcli.study.plan import Study, cost
 
 __all__ = ["describe_study"]
 

@@ -17,12 +17,12 @@ from vitcli.config_file import Layers, dump_config
 from vitcli.device import choose_device
 from vitcli.models.flops import count_parameters, forward_flops, training_flops
 from vitcli.rundir import write_text
-from vitcli.study_cells import PLAIN, UPSTREAM, Cell, label
-from vitcli.study_config import StudyConfig, nearest_size, points_of
-from vitcli.study_data import open_all, open_transfer
-from vitcli.study_file import dump_study, read_study
-from vitcli.study_folder import STATED, refuse_other_study
-from vitcli.study_settings import SETTINGS, Group, Upstream, run_settings, settle, stages
+from vitcli.study.cells import PLAIN, UPSTREAM, Cell, label
+from vitcli.study.config import StudyConfig, nearest_size, points_of
+from vitcli.study.data import open_all, open_transfer
+from vitcli.study.file import dump_study, read_study
+from vitcli.study.folder import STATED, refuse_other_study
+from vitcli.study.settings import SETTINGS, Group, Upstream, run_settings, settle, stages
 
 __all__ = ["Group", "Study", "Upstream", "begin_cell", "begin_study", "label", "plan_study"]
 

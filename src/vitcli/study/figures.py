@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitcli.figures import COLOURS, GRID, INK, drawing, shorten
-from vitcli.study_axes import FULL, End, compact, end_labels, log_error, log_flops, log_images, per_cent, points
-from vitcli.study_cells import PLAIN
-from vitcli.study_crossover import Crossover
-from vitcli.study_stats import Estimate
-from vitcli.study_summary import Curve, Mean, Summary, metric_words
+from vitcli.study.axes import FULL, End, compact, end_labels, log_error, log_flops, log_images, per_cent, points
+from vitcli.study.cells import PLAIN
+from vitcli.study.crossover import Crossover
+from vitcli.study.stats import Estimate
+from vitcli.study.summary import Curve, Mean, Summary, metric_words
 
 __all__ = [
     *("colour_of", "curves_of", "draw_accuracy", "draw_curve", "draw_estimates", "draw_flops", "draw_gap", "draw_laws"),

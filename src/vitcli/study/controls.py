@@ -11,9 +11,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from vitcli.figures import COLOURS, INK, drawing, shorten
-from vitcli.study_axes import FULL, End, compact, end_labels, log_images, panels, per_cent, points
-from vitcli.study_cells import PLAIN, UPSTREAM
-from vitcli.study_figures import (
+from vitcli.study.axes import FULL, End, compact, end_labels, log_images, panels, per_cent, points
+from vitcli.study.cells import PLAIN, UPSTREAM
+from vitcli.study.figures import (
     colour_of,
     curves_of,
     draw_accuracy,
@@ -24,7 +24,7 @@ from vitcli.study_figures import (
     draw_laws,
     draw_rows,
 )
-from vitcli.study_summary import Mean, Summary, metric_words
+from vitcli.study.summary import Mean, Summary, metric_words
 
 __all__ = ["Drawn", "draw_control", "draw_families", "draw_gaps", "draw_study", "draw_translation"]
 

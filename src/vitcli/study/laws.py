@@ -1,6 +1,6 @@
 """Power laws of the error against pretraining images, fitted to a study's accuracies and to their replicates.
 
-Their intervals come from the replicates of study_stats. Shapes: `K` sizes, `R` replicates, `G` trial values.
+Their intervals come from the replicates of `stats`. Shapes: `K` sizes, `R` replicates, `G` trial values.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vitcli.study_stats import Curve, tails
+from vitcli.study.stats import Curve, tails
 
 __all__ = ["PARAMETERS", "PowerLaw", "power_laws"]
 

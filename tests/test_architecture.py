@@ -22,13 +22,12 @@ LAYERS = (
     | {"pretrained", "fewshot", "neighbours"},
     {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
     | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
-    | {"views", "translation", "label_sets", "claims", "jobs"}
+    | {"views", "translation", "label_sets", "jobs"},
     {"step", "watch", "ending"},
     {"fit"},
     {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"}
     | {"study"},
-    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"}
-    | {"cli_study"},
+    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"} | {"cli_study"},
     {"__main__"},
 )
 LEAVES = LAYERS[4]

@@ -98,7 +98,7 @@ def test_others_see_something_else(settings: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_an_mlp_is_unharmed_too_and_any_model_without_positions() -> None:
     plain, permuted = (build(MLP, side=side) for side in (None, 8))
-    assert permuted.permutation is not None
+    assert permuted.permutation is not None and isinstance(plain.stem, nn.Linear) and isinstance(permuted.stem, nn.Linear)
     permuted.stem.weight.copy_(plain.stem.weight.unflatten(1, (3, -1))[:, :, permuted.permutation.order].flatten(1))
     torch.testing.assert_close(permuted(pixels(3)), plain(pixels(3)), rtol=1e-10, atol=1e-12)
     plain, permuted = (build({**VIT, "pos_embed": "none"}, side=side) for side in (None, 8))

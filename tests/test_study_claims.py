@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vitcli import claims
 from vitcli.errors import UserError
+from vitcli.study import claims
 from vitcli.study.claims import Claims, is_claimed
 
 

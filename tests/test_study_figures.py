@@ -15,7 +15,7 @@ from vitcli.study.cells import Measurement
 from vitcli.study.controls import draw_control, draw_families, draw_study, draw_translation
 from vitcli.study.crossover import Crossover
 from vitcli.study.figures import crossover_words, draw_accuracy, draw_gap, draw_laws, law_words
-from vitcli.study.summary import Summary, metric_words, summarise
+from vitcli.study.summary import Curve, Summary, metric_words, summarise
 
 FAMILIES = ["mlp", "vit", "hybrid", "resnet-restricted", "resnet", "a-family-with-a-rather-long-name"]
 SIZES = [1000, 3000, 10_000, 31_250, 100_000, 300_000, 1_000_000]
@@ -167,7 +167,7 @@ def test_a_control_stands_against_plain(families: int, sizes: int) -> None:
     ]
     faces = [line.get_markerfacecolor() == "white" for line in marks]
     assert faces.count(True) == faces.count(False) == families
-    assert summary.changes["upstream", "permuted", "resnet" if families == 6 else FAMILIES[-1]][-1].value < 0
+    assert summary.changes[Curve("upstream", "permuted", "resnet" if families == 6 else FAMILIES[-1])][-1].value < 0
 
 
 def test_moved_images_and_families_side_by_side() -> None:

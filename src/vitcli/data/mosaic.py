@@ -159,8 +159,8 @@ class MosaicSource(SourceDefaults):
         random = (cells[:, :, 0] * self.parts).astype(np.int64)
         layout = np.full((B, side, side), -1)
         layout[:, side - self.grid :, side - self.grid :] = self.layout_of(labels).reshape(B, self.grid, self.grid)
-        layout = layout.reshape(B, side * side)
-        return np.where((cells[:, :, 1] < self.keep) & (layout >= 0), layout, random)
+        wanted = layout.reshape(B, side * side)
+        return np.where((cells[:, :, 1] < self.keep) & (wanted >= 0), wanted, random)
 
     def scenes(self, i: NDArray[np.int64], shown: NDArray[np.int64], u: Floats, cells: Floats) -> Scenes:
         """Return the numbers that the cells of all canvases, B x T of them, are painted from."""

@@ -70,9 +70,9 @@ def test_a_cell_keeps_its_part_as_often_as_is_said() -> None:
 def test_the_layout_moves_as_a_whole_by_up_to_shift() -> None:
     """Without noise and jitter of their own, cells would be equal; here the border rows tell how far a layout has moved."""
     corpus = source(shift=8, keep=1.0)
-    offsets = np.array([corpus_offset(corpus, i) for i in range(300)])
+    offsets = np.array([corpus_offset(corpus, i) for i in range(60)])
     assert offsets.min() == 0 and offsets.max() == 8
-    assert abs(offsets.mean() - 4) < 0.5
+    assert abs(offsets.mean() - 4) < 1.0
 
 
 def corpus_offset(corpus: MosaicSource, index: int) -> int:

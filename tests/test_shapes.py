@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from vitcli.data.shapes import ShapesSource, fractal_noise
+from vitcli.data.painting import fractal_noise
+from vitcli.data.shapes import ShapesSource
 
 
 def source(**changes) -> ShapesSource:

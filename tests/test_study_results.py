@@ -14,6 +14,7 @@ import yaml
 from tests.made_study import make_cell, predictions, write_json, write_predictions
 from vitcli.errors import UserError
 from vitcli.study.cells import Cell, Measurement
+from vitcli.study.page import edges
 from vitcli.study.plan import Study, plan_study
 from vitcli.study.record import write_study
 from vitcli.study.results import choose, measure, read_answers
@@ -264,8 +265,25 @@ def test_results_can_be_written_at_any_moment(tmp_path: Path) -> None:
     page = (study.out / "study.md").read_text()
     assert "**1 of 12 cells are there**" in page
     assert "- plain / deep / n=100 / seed 0: pretrain: the disk is full" in page
-    assert "| plain | vit | 100 | 3 | 60.0 to 80.0 % | `optim.lr=0.3` |" in page
+    assert "| plain | vit | 100 | `optim.lr=0.1` | 60.0 |\n" in page
+    assert "| plain | vit | 100 | `optim.lr=0.3` | **80.0**, chosen |\n" in page
+    assert "- vit, 100 images: `optim.lr=0.3` is the largest tried" in page
     assert json.loads((study.out / "study.json").read_text())["search"][0]["chosen"] == {"optim.lr": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen", "notes"),
+    [
+        ([1e-3, 2e-3, 4e-3], 2e-3, []),
+        ([1e-3, 2e-3, 4e-3], 1e-3, ["`lr=0.001` is the smallest tried, so one beyond it may be better still"]),
+        ([1e-3, 2e-3, 4e-3], 4e-3, ["`lr=0.004` is the largest tried, so one beyond it may be better still"]),
+        ([1e-3, 2e-3], 2e-3, []),  # two say nothing of a side
+        (["adam", "sgd", "muon"], "sgd", []),
+    ],
+)
+def test_a_choice_at_the_end_of_what_was_tried_is_said(values: list[Any], chosen: Any, notes: list[str]) -> None:
+    assert edges({"chosen": {"lr": chosen}, "trials": [{"settings": {"lr": value}} for value in values]}) == notes
+    assert edges({"chosen": None, "trials": []}) == []
 
 
 def test_answers_to_other_images_are_not_paired(tmp_path: Path) -> None:

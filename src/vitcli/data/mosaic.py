@@ -15,19 +15,19 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
-from vitcli.data.protocol import Labels, SourceDefaults
-from vitcli.data.shapes import (
+from vitcli.data.painting import (
     JITTER_DRAWS,
     NOISE_BANK,
     PART_DRAWS,
     Canvas,
     Floats,
+    PaintedSource,
     Scenes,
     Things,
-    balanced_labels,
     muted,
     pack,
     place,
+    plane_period,
     things_from,
     vary,
 )
@@ -44,7 +44,7 @@ SPREAD = 0.25  # how far a part lies from the middle of its cell, in half cells
 SIZE = 1.5  # of a part in its cell, of what `things_from` makes
 
 
-class MosaicSource(SourceDefaults):
+class MosaicSource(PaintedSource):
     """The corpus of layouts as a map-style source: any example of any split, made on request.
 
     Classes are balanced in every run of `classes` consecutive examples; both splits show the same layouts; class k of one seed
@@ -61,9 +61,6 @@ class MosaicSource(SourceDefaults):
         keep: how often a cell shows its layout's part, in (0, 1].
         shift: px by which a layout may lie off the grid, downwards and to the right, at most a cell.
     """
-
-    uniform = True  # every image has `image_size`, so `batch` exists
-    labels: Labels | None = None  # too many to list: see `label_of`
 
     def __init__(
         self,
@@ -83,54 +80,31 @@ class MosaicSource(SourceDefaults):
             raise ValueError(f"image_size must be multiples of the grid's {grid} cells, 4 px or more each, got {image_size}")
         if not 0 <= shift <= min(cell):
             raise ValueError(f"shift must be 0 to {min(cell)} px, a cell, got {shift}")
-        self.image_size, self.cell, self.grid, self.shift, self.keep = image_size, cell, grid, shift, keep
+        super().__init__(
+            name="mosaic",
+            version=VERSION,
+            classes=[f"layout_{k:05d}" for k in range(classes)],
+            examples=examples,
+            image_size=image_size,
+            seed=seed,
+            split=split,
+            at_once=MOSAICS_AT_ONCE,
+        )
+        self.cell, self.grid, self.shift, self.keep, self.parts = cell, grid, shift, keep, parts
         self.side = grid + (shift > 0)  # cells along each side of the canvas
-        self.num_classes, self.examples, self.parts = classes, examples, parts
-        self.name = "mosaic"
-        self.classes = [f"layout_{k:05d}" for k in range(classes)]
         identity = (VERSION, seed, split, classes, examples, image_size, grid, parts, keep, shift)
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-
-        part_seed, self.layout_seed = (derive_seed("mosaic", VERSION, seed, use) for use in ("parts", "layouts"))
-        self.order_seed, self.offset_seed, self.name_seed, self.image_seed, self.cell_seed, self.jitter_seed = (
-            derive_seed("mosaic", VERSION, seed, split, use) for use in ("order", "offset", "name", "image", "cell", "jitter")
+        part_seed, self.layout_seed = (derive_seed(*self.identity, use) for use in ("parts", "layouts"))
+        self.image_seed, self.cell_seed, self.jitter_seed = (
+            derive_seed(*self.split_identity, use) for use in ("image", "cell", "jitter")
         )
         self.vocabulary = things_from(uniform(part_seed, np.arange(parts), PART_DRAWS))  # fields are (parts,) or (parts, n)
         self.canvas = Canvas(
             cell,
-            period=1 << max(8, (4 * max(image_size) - 1).bit_length()),
-            fractal_seed=derive_seed("mosaic", VERSION, seed, "fractal"),
-            grain_seed=derive_seed("mosaic", VERSION, seed, "grain"),
+            period=plane_period(image_size),
+            fractal_seed=derive_seed(*self.identity, "fractal"),
+            grain_seed=derive_seed(*self.identity, "grain"),
         )
-
-    def __len__(self) -> int:
-        return self.examples
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        """Return the image, uint8 (H, W, 3), and the label of one example."""
-        images, labels = self.batch([index])
-        return images[0], int(labels[0])
-
-    def label_of(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """Return the labels, int64 (B,), of examples (B,): each block of `classes` examples shows every class once."""
-        seeds = {"order_seed": self.order_seed, "offset_seed": self.offset_seed, "name_seed": self.name_seed}
-        return balanced_labels(indices, classes=self.num_classes, **seeds)
-
-    def batch(self, indices: ArrayLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Return images, uint8 (B, H, W, 3), and labels, int64 (B,), of examples (B,) in [0, len).
-
-        Raises:
-            IndexError: an index is outside [0, len).
-        """
-        i = np.asarray(indices, dtype=np.int64)
-        if i.size and not 0 <= int(i.min()) <= int(i.max()) < self.examples:
-            raise IndexError(f"examples are numbered 0 to {self.examples - 1}, got {int(i.min())} to {int(i.max())}")
-        labels = self.label_of(i)
-        images = np.empty((len(i), *self.image_size, 3), dtype=np.uint8)
-        for first in range(0, len(i), MOSAICS_AT_ONCE):
-            chosen = slice(first, first + MOSAICS_AT_ONCE)
-            images[chosen] = self.paint(i[chosen], labels[chosen])
-        return images, labels
 
     def layout_of(self, labels: ArrayLike) -> NDArray[np.int64]:
         """Return the parts, (B, grid x grid) row by row, of classes (B,)."""

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vitcli.data.mosaic import MosaicSource
+from vitcli.data.painting import PaintedSource
 from vitcli.data.protocol import Source
-from vitcli.data.shapes import ShapesSource
 from vitcli.data.transforms import TrainTransform
 from vitcli.randomness import derive_seed, permute
 
@@ -47,7 +46,7 @@ def preview(
 def pick(source: Source, *, rows: int, columns: int, seed: int) -> NDArray[np.int64]:
     """Choose the indices to show, (n,)."""
     labels = source.labels
-    if isinstance(source, ShapesSource | MosaicSource):  # in every block of as many examples as classes each class comes once
+    if isinstance(source, PaintedSource):  # in every block of as many examples as classes each class comes once
         labels = source.label_of(np.arange(min(len(source), columns * len(source.classes))))
     elif labels is None:  # computed by a part of a mix: look at some
         labels = np.array([source[index][1] for index in range(min(len(source), LOOKED_AT))])

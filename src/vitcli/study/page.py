@@ -157,13 +157,30 @@ def searched(record: Mapping[str, Any]) -> list[str]:
     """Return what the search tried and chose."""
     if not record["search"]:
         return []
-    rows = [["variant", "family", "images", "tried", "top-1 on the development split, worst to best", "chosen"]]
+    rows = [["variant", "family", "images", "settings", "top-1 on the development split, %"]]
+    notes = []
     for each in record["search"]:
-        top1 = sorted(trial["top1"] for trial in each["trials"] if trial["top1"] is not None)
-        between = f"{100 * top1[0]:.1f} to {100 * top1[-1]:.1f} %" if top1 else ""
-        chosen = "not yet" if each["chosen"] is None else settings_words(each["chosen"])
-        rows.append([each["variant"], each["family"], f"{each['examples']:,}", str(len(each["trials"])), between, chosen])
-    return ["## The search", "Every family had as many trials as the others.", as_markdown(rows)]
+        group = [each["variant"], each["family"], f"{each['examples']:,}"]
+        for trial in each["trials"]:
+            top1 = "-" if trial["top1"] is None else f"{100 * trial['top1']:.1f}"
+            chosen = each["chosen"] == trial["settings"]
+            rows.append([*group, settings_words(trial["settings"]), f"**{top1}**, chosen" if chosen else top1])
+        notes += [f"{each['family']}, {group[2]} images: {edge}." for edge in edges(each)]
+    about = "Every family had as many trials as the others; they were judged by images that they had not learned from."
+    return ["## The search", about, as_markdown(rows), *(["\n".join(f"- {note}" for note in notes)] if notes else [])]
+
+
+def edges(search: Mapping[str, Any]) -> list[str]:
+    """Say which chosen numbers are the last ones tried on their side: beyond them may be better ones."""
+    found = []
+    for key, chosen in (search["chosen"] or {}).items():
+        values = {trial["settings"][key] for trial in search["trials"]}
+        if len(values) < 3 or not all(isinstance(value, int | float) for value in values):
+            continue
+        if chosen in (min(values), max(values)):
+            side = "smallest" if chosen == min(values) else "largest"
+            found.append(f"`{key}={chosen:g}` is the {side} tried, so one beyond it may be better still")
+    return found
 
 
 def made(record: Mapping[str, Any]) -> list[str]:

@@ -26,8 +26,9 @@ LAYERS = (
     {"step", "watch", "ending"},
     {"fit"},
     {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"}
-    | {"study"},
-    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"} | {"cli_study"},
+    | {"study", "doctor", "inspection"},
+    {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"}
+    | {"cli_study", "cli_doctor", "cli_inspect"},
     {"__main__"},
 )
 LEAVES = LAYERS[4]

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from vitcli.cli_data import data_app
+from vitcli.cli_doctor import doctor
 from vitcli.cli_eval import evaluate
+from vitcli.cli_inspect import inspect
 from vitcli.cli_models import models
 from vitcli.cli_options import Ckpt, DataRoot, Debug, Overrides, as_overrides, say
 from vitcli.cli_predict import predict
@@ -149,8 +151,11 @@ app.command(epilog="Example: vit study --config configs/study-quick.yaml --dry-r
 
 app.command("eval", epilog="Example: vit eval --ckpt runs/jft-like-digits --dataset digits --json")(evaluate)
 app.command(epilog="Example: vit predict --ckpt runs/photos inbox/ --top 3 --json")(predict)
+app.command(epilog="Example: vit inspect --ckpt runs/jft-like --images holiday.jpg --out inside")(inspect)
 app.command(epilog="Example: vit report runs/jft-like-digits")(report)
 app.command(epilog="Example: vit compare runs/jft-like-digits runs/jft-like-digits-scratch --out comparison")(compare)
+
+app.command(epilog="Example: vit doctor --config configs/jft-like.yaml")(doctor)
 
 
 app.command(epilog="Example: vit models B/16 R50+B/16 R50x1 --image-size 384")(models)

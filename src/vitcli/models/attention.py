@@ -5,6 +5,7 @@ ViT (2010.11929) appendix A, with relative positions (D.4) and Axial attention (
 B batch, h w grid sides, P = h w patches, N tokens, Q those that ask, D width, M mlp_dim, A attention heads.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -65,12 +66,28 @@ class Attention(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the softmax's weights for (B, N, D), (B, A, N, N): from each token (row) to each, 1 in sum."""
-        q, k, _, bias = self.heads(x, False)
-        one_each = torch.eye(x.shape[1], dtype=q.dtype, device=x.device)  # as values: what comes out is how much of each
-        return attend(q, k, one_each.expand(*q.shape[:2], -1, -1), dropout=0.0, bias=bias)
+        return torch.cat(list(self.weight_rows(x, most=x.shape[1])), dim=2)
+
+    def weight_rows(self, x: Tensor, *, most: int) -> Iterator[Tensor]:
+        """Yield `weights` a part at a time, (B, A, Q, N) with Q at most `most`, from the first token on.
+
+        So they can be looked at where N x N of them are too many to hold.
+        """
+        q, k, _ = self.project(x, False)
+        for first in range(0, x.shape[1], most):
+            asking = q[:, :, first : first + most]
+            logits = (asking * q.shape[-1] ** -0.5) @ k.mT
+            if self.relative is not None:
+                logits = logits + self.relative_logits(asking, self.relative, first=first)
+            yield torch.softmax(logits, dim=-1)
 
     def heads(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return queries (B, A, Q, D/A), keys and values (B, A, N, D/A), and what to add to the logits."""
+        q, k, v = self.project(x, first_only)
+        return q, k, v, None if self.relative is None else self.relative_logits(q, self.relative)
+
+    def project(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, A, Q, D/A), keys and values (B, A, N, D/A)."""
         batch, tokens, width = x.shape
         if first_only:
             q = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width]).reshape(batch, 1, 1, self.num_heads, -1)
@@ -82,13 +99,16 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, A, N, D/A) each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v, None if self.relative is None else self.relative_logits(q, self.relative)
+        return q, k, v
 
-    def relative_logits(self, q: Tensor, relative: Tensor) -> Tensor:
-        """Attend once more, (B, A, Q, N): the same queries, and as keys the embeddings of the offsets p_q - p_k (D.4)."""
+    def relative_logits(self, q: Tensor, relative: Tensor, *, first: int = 0) -> Tensor:
+        """Attend once more, (B, A, Q, N): the same queries, and as keys the embeddings of the offsets p_q - p_k (D.4).
+
+        The queries are those of the tokens from `first` on.
+        """
         tokens = (len(relative) + 1) // 2
         place = torch.arange(tokens, device=q.device)
-        offsets = place[: q.shape[2], None] - place + tokens - 1  # (Q, N), from 0
+        offsets = place[first : first + q.shape[2], None] - place + tokens - 1  # (Q, N), from 0
         keys = F.embedding(offsets, relative)  # (Q, N, D/A)
         return torch.einsum("baqd,qnd->baqn", q * q.shape[-1] ** -0.5, keys.to(q.dtype))
 
@@ -114,16 +134,22 @@ class AxialAttention(Attention):
         y = super().forward(lines.flatten(0, 1)).view_as(lines)
         return (y if self.axis == "rows" else y.transpose(1, 2)).flatten(1, 2)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Return the weights among all patches of (B, P, D), (B, A, P, P), with 0 between lines."""
+    def weight_rows(self, x: Tensor, *, most: int) -> Iterator[Tensor]:
+        """Yield the weights among all patches of (B, P, D), (B, A, Q, P), with 0 between lines, as `Attention.weight_rows`."""
         lines = self.lines(x)
         batch, count, places, _ = lines.shape
-        inside = super().weights(lines.flatten(0, 1)).unflatten(0, (batch, count))  # (B, lines, A, places, places)
-        every = x.new_zeros(batch, self.num_heads, count, places, count, places)
-        every.diagonal(dim1=2, dim2=4).copy_(inside.permute(0, 2, 3, 4, 1))
-        if self.axis == "columns":
-            every = every.permute(0, 1, 3, 2, 5, 4)
-        return every.flatten(4, 5).flatten(2, 3)
+        q, k, _ = self.project(lines.flatten(0, 1), False)
+        inside = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)  # (B lines, A, places, places)
+        inside = inside.unflatten(0, (batch, count)).permute(0, 2, 1, 3, 4)  # (B, A, lines, places, places)
+        patches = torch.arange(x.shape[1], device=x.device).unflatten(0, self.grid_size)
+        patches = patches if self.axis == "rows" else patches.T  # (lines, places)
+        order = patches.flatten().argsort()
+        line, place = order // places, order % places  # (P,) of each patch
+        for first in range(0, x.shape[1], most):
+            lines_of, places_of = line[first : first + most], place[first : first + most]
+            some = inside[:, :, lines_of, places_of]  # (B, A, Q, places)
+            every = x.new_zeros(*some.shape[:3], x.shape[1])
+            yield every.scatter_(3, patches[lines_of].expand_as(some), some)
 
     def lines(self, x: Tensor) -> Tensor:
         """Return (B, P, D) as rows (B, h, w, D) or columns (B, w, h, D)."""
@@ -175,10 +201,19 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, P, D) to (B, D)."""
-        batch, tokens, width = x.shape
-        q = self.q(self.latent).reshape(1, 1, self.num_heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)
-        kv = self.kv(x).reshape(batch, tokens, 2, self.num_heads, -1)
-        k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # (B, A, P, D/A)
-        y = self.proj(attend(q, k, v, dropout=0.0).reshape(batch, width))  # one query: (A, 1, D/A) lies as D
+        q, k, v = self.heads(x)
+        y = self.proj(attend(q, k, v, dropout=0.0).reshape(len(x), -1))  # one query: (A, 1, D/A) lies as D
         output: Tensor = y + self.mlp(self.norm(y))
         return output
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Return the weights for (B, P, D), (B, A, P): how much the query takes of each patch, 1 in sum."""
+        q, k, _ = self.heads(x)
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)[:, :, 0]
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the query (B, A, 1, D/A), and keys and values (B, A, P, D/A)."""
+        batch, tokens, _ = x.shape
+        q = self.q(self.latent).reshape(1, 1, self.num_heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)
+        k, v = (part.transpose(1, 2) for part in self.kv(x).reshape(batch, tokens, 2, self.num_heads, -1).unbind(2))
+        return q, k, v

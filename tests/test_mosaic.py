@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vitcli.config import DataConfig
 from vitcli.config_file import read_config
 from vitcli.data.mosaic import MosaicSource
 from vitcli.data.sources import open_source
-from vitcli.errors import ConfigError
+from vitcli.errors import ConfigError, DataError
 
 
 def source(**changes: Any) -> MosaicSource:
@@ -45,11 +46,28 @@ def test_a_smaller_corpus_is_a_prefix_and_classes_are_balanced() -> None:
     "change",
     [
         *({"seed": 1}, {"split": "val"}, {"image_size": (32, 40)}, {"classes": 20}, {"examples": 4999}),
-        *({"grid": 2}, {"parts": 7}, {"keep": 0.6}, {"shift": 1}),
+        *({"grid": 2}, {"parts": 7}, {"keep": 0.6}, {"shift": 1}, {"first": 10}),
     ],
 )
 def test_every_setting_changes_the_fingerprint(change: dict[str, Any]) -> None:
     assert source(**change).fingerprint != source().fingerprint
+
+
+def test_later_layouts_are_another_task_with_the_same_parts() -> None:
+    early, late, both = source(), source(first=10), source(classes=20)
+    assert np.array_equal(late.layout_of(np.arange(10)), both.layout_of(np.arange(10, 20)))
+    assert late.classes == both.classes[10:] and not set(late.classes) & set(early.classes)
+    assert np.array_equal(late.vocabulary.phase, early.vocabulary.phase)
+    assert not (late.batch(np.arange(64))[0] == early.batch(np.arange(64))[0]).all(axis=(1, 2, 3)).any()
+
+
+def test_later_layouts_have_a_name() -> None:
+    data = DataConfig.model_validate({"source": "mosaic", "image_size": 32, "mosaic": {"classes": 10}})
+    late = open_source("mosaic:10", split="val", data=data)
+    assert late.name == "mosaic:10" and late.classes[0] == "layout_00010"
+    for wrong in ("mosaic:", "mosaic:-1", "mosaic:1e3", "mosaic:\u0663", "mosaic:1234567"):
+        with pytest.raises(DataError, match="mosaic:NUMBER"):
+            open_source(wrong, split="val", data=data)
 
 
 def test_splits_share_layouts_and_no_image() -> None:

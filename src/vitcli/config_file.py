@@ -348,7 +348,7 @@ def check_config(config: Config, layers: Layers) -> None:
         fail("data.dev_fraction", "evaluates on a share of the training split, and data.val_source on another source; drop one")
     if data.val_source == "mix" and data.source != "mix":
         fail("data.val_source", "is mix, but data.source is not; name a single source")
-    if "mosaic" in (data.source, data.val_source):
+    if "mosaic" in [spec.partition(":")[0] for spec in (data.source, data.val_source or "")]:
         cells, shift = [side / data.mosaic.grid for side in data.image_size], data.mosaic.shift
         if any(cell != int(cell) or cell < 4 for cell in cells):
             sides = " x ".join(map(str, data.image_size))

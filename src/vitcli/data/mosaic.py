@@ -60,6 +60,8 @@ class MosaicSource(PaintedSource):
         parts: different ones.
         keep: how often a cell shows its layout's part, in (0, 1].
         shift: px by which a layout may lie off the grid, downwards and to the right, at most a cell.
+        first: the number of the first layout. Two sources that share none are two tasks of one world: the same parts stand in
+            other places, which is what transfer from one to the other is about.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class MosaicSource(PaintedSource):
         parts: int,
         keep: float,
         shift: int,
+        first: int = 0,
     ) -> None:
         cell = (image_size[0] // grid, image_size[1] // grid)
         if any(side % grid for side in image_size) or min(cell) < 4:
@@ -83,20 +86,22 @@ class MosaicSource(PaintedSource):
         super().__init__(
             name="mosaic",
             version=VERSION,
-            classes=[f"layout_{k:05d}" for k in range(classes)],
+            classes=[f"layout_{k:05d}" for k in range(first, first + classes)],
             examples=examples,
             image_size=image_size,
             seed=seed,
             split=split,
             at_once=MOSAICS_AT_ONCE,
         )
-        self.cell, self.grid, self.shift, self.keep, self.parts = cell, grid, shift, keep, parts
+        self.name = f"mosaic:{first}" if first else self.name
+        self.cell, self.grid, self.shift, self.keep, self.parts, self.first = cell, grid, shift, keep, parts, first
         self.side = grid + (shift > 0)  # cells along each side of the canvas
-        identity = (VERSION, seed, split, classes, examples, image_size, grid, parts, keep, shift)
+        own = (first,) if first else ()  # no seed is another one for it where the layouts are the first
+        identity = (VERSION, seed, split, classes, examples, image_size, grid, parts, keep, shift, *own)
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         part_seed, self.layout_seed = (derive_seed(*self.identity, use) for use in ("parts", "layouts"))
         self.image_seed, self.cell_seed, self.jitter_seed = (
-            derive_seed(*self.split_identity, use) for use in ("image", "cell", "jitter")
+            derive_seed(*self.split_identity, use, *own) for use in ("image", "cell", "jitter")
         )
         self.vocabulary = things_from(uniform(part_seed, np.arange(parts), PART_DRAWS))  # fields are (parts,) or (parts, n)
         self.canvas = Canvas(
@@ -108,7 +113,7 @@ class MosaicSource(PaintedSource):
 
     def layout_of(self, labels: ArrayLike) -> NDArray[np.int64]:
         """Return the parts, (B, grid x grid) row by row, of classes (B,)."""
-        return (uniform(self.layout_seed, labels, self.grid**2) * self.parts).astype(np.int64)
+        return (uniform(self.layout_seed, np.asarray(labels) + self.first, self.grid**2) * self.parts).astype(np.int64)
 
     def paint(self, i: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Paint examples (B,) with these labels, uint8 (B, H, W, 3): the canvas cell by cell, then the part of it in sight."""

@@ -153,12 +153,8 @@ def open_whole(spec: str, *, split: Split, data: DataConfig) -> Source:
         return ShapesSource(
             classes=shapes.classes, examples=examples, image_size=data.image_size, seed=shapes.seed, split=split
         )
-    if spec == "mosaic":
-        from vitcli.data.mosaic import MosaicSource
-
-        settings = data.mosaic.model_dump(exclude={"train_examples", "val_examples"})
-        examples = data.mosaic.train_examples if split == "train" else data.mosaic.val_examples
-        return MosaicSource(examples=examples, image_size=data.image_size, split=split, **settings)
+    if spec == "mosaic" or spec.startswith("mosaic:"):
+        return open_mosaic(spec, split=split, data=data)
     if spec == "digits":
         return from_arrays(load_digits(split), name="digits")
     if spec in NAMED_SETS:
@@ -185,6 +181,18 @@ def open_whole(spec: str, *, split: Split, data: DataConfig) -> Source:
         close = [f"shards:{spec}"]
     hint = f"; did you mean {close[0]}?" if close else ""
     raise DataError(f"{spec}: no such data set; known are {', '.join(names)}, folder:PATH, shards:PATTERN and hf:NAME{hint}")
+
+
+def open_mosaic(spec: str, *, split: Split, data: DataConfig) -> Source:
+    """Open `mosaic`, or as `mosaic:NUMBER` its layouts from that number on."""
+    from vitcli.data.mosaic import MosaicSource
+
+    _, colon, first = spec.partition(":")
+    if colon and not (first.isascii() and first.isdecimal() and len(first) <= 6):
+        raise DataError(f"{spec}: expected mosaic:NUMBER, the first of its layouts, 0 to 999999, such as mosaic:100")
+    settings = data.mosaic.model_dump(exclude={"train_examples", "val_examples"})
+    examples = data.mosaic.train_examples if split == "train" else data.mosaic.val_examples
+    return MosaicSource(examples=examples, image_size=data.image_size, split=split, first=int(first or 0), **settings)
 
 
 def from_arrays(arrays: Arrays, *, name: str) -> ArraySource:

@@ -46,8 +46,8 @@ def open_all(
                 known[images] = open_upstream(run.data, needs_data=needs_data, say=say)
             opened[variant] = (known[images], run)
             if known[images].problem is None and known[images].train_examples < size:
-                made = run.data.source in ("shapes", "mosaic")
-                more = f", or more of the corpus (base.data.{run.data.source}.train_examples)" if made else ""
+                corpus = run.data.source.partition(":")[0]
+                more = f", or more of the corpus (base.data.{corpus}.train_examples)" if corpus in ("shapes", "mosaic") else ""
                 raise DataError(
                     f"{layers.where('sizes')}: sizes goes up to {size:,} images, but {run.data.source} has "
                     f"{known[images].train_examples:,} to train on; take fewer{more}"

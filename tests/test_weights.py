@@ -18,6 +18,7 @@ from vitcli.errors import CheckpointError
 from vitcli.model_config import ModelConfig, resolve_model
 from vitcli.models import build_model
 from vitcli.models.vit import VisionTransformer
+from vitcli.opened import open_model
 from vitcli.pretrained import Pretrained
 from vitcli.weights import check_architecture, load_start, load_weights, resize_pos_embed
 from vitcli.weights.official import write_official
@@ -136,6 +137,18 @@ def test_a_square_grid_is_recognised_and_equal_counts_in_another_grid_are_resize
     report = load_weights(wide, source.state_dict(), reset_head=False, old_grid=(4, 4))
     assert report.resized == ["pos_embed"]
     assert not torch.equal(wide.state_dict()["pos_embed"], source.state_dict()["pos_embed"])
+
+
+def test_weights_of_a_grid_that_is_no_square_are_opened_at_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build(image_size=(16, 48), num_classes=3)  # 2 x 6 patches
+    section = {"patch_size": 8, "width": 16, "depth": 1, "mlp_dim": 32, "num_heads": 2, "representation_size": None}
+    preprocessing = {"image_size": [16, 48], "mean": [0.5] * 3, "std": [0.5] * 3, "eval_crop_fraction": 1.0}
+    found = Pretrained(source.state_dict(), section, ["a", "b", "c"], preprocessing, Path("w"), 0, False, {"source": "digits"})
+    monkeypatch.setattr("vitcli.opened.open_weights", lambda ckpt, say: found)
+    opened = open_model(Path("w"), overrides=["data.image_size=[32, 48]"], say=print)
+    before, after = source.state_dict()["pos_embed"], opened.model.state_dict()["pos_embed"]
+    expected = resize_pos_embed(before, old_grid=(2, 6), new_grid=(4, 6), num_prefix_tokens=1)
+    assert torch.equal(after, expected)
 
 
 def test_values_are_converted_to_the_models_dtype() -> None:

@@ -24,7 +24,7 @@ from vitcli.models import Model, build_model
 from vitcli.models.flops import forward_flops
 from vitcli.pretrained import Pretrained
 from vitcli.weights import load_weights
-from vitcli.weights.load import check_permutation, section_of
+from vitcli.weights.load import check_permutation, section_of, trained_grid
 from vitcli.weights.open import open_weights
 
 __all__ = ["Images", "OpenedModel", "flops_of", "match_classes", "open_images", "open_model", "open_split", "settle_workers"]
@@ -92,7 +92,7 @@ def open_model(
         patch_permutation=config.data.patch_permutation,
     )
     check_permutation(model, pretrained)
-    load_weights(model, pretrained.state, reset_head=False)
+    load_weights(model, pretrained.state, reset_head=False, old_grid=trained_grid(pretrained))
     model = model.to(device).eval()
     flops = flops_of(pretrained, image_size=config.data.image_size)
     return OpenedModel(ckpt, model, pretrained, config, device, flops)

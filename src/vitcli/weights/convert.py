@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitcli.checkpoint import flush_to_disk, save_weights_file
 from vitcli.errors import CheckpointError, ConfigError
-from vitcli.model_config import model_problem, stem_stride
+from vitcli.model_config import model_problem
 from vitcli.models import Model, build_model
 from vitcli.pretrained import Pretrained
 from vitcli.weights.graphs import OPSET, open_onnx, open_program, require_onnx, write_onnx, write_program
@@ -33,7 +33,7 @@ from vitcli.weights.huggingface import (
     huggingface_differences,
     huggingface_preprocessor,
 )
-from vitcli.weights.load import computed, load_weights, section_of
+from vitcli.weights.load import computed, load_weights, section_of, trained_grid
 from vitcli.weights.official import write_official
 from vitcli.weights.open import open_weights
 from vitcli.weights.timm import export_timm, timm_config, timm_differences
@@ -179,15 +179,11 @@ def fitted(weights: Pretrained, *, image_size: tuple[int, int] | None = None) ->
     problem = model_problem(section, size)
     if problem is not None:
         raise ConfigError(f"{weights.source_path}: --image-size {size[0]}x{size[1]}: model.{problem[0]} {problem[1]}")
-    grid = None
-    if section.patch_size is not None:
-        side = section.patch_size * stem_stride(section)
-        grid = (height // side, width // side)
     permuted = weights.preprocessing.get("patch_permutation")
     if permuted is not None and size != (height, width):
         raise ConfigError(f"{weights.source_path}: --image-size: patches are in a learned order, which has no other size")
     model = build_model(section, image_size=size, num_classes=len(weights.classes) or 1, patch_permutation=permuted)
-    load_weights(model, weights.state, reset_head=not weights.classes, old_grid=grid)
+    load_weights(model, weights.state, reset_head=not weights.classes, old_grid=trained_grid(weights))
     if not weights.classes:
         model.head = nn.Identity()  # type: ignore[assignment]  # in place of a Linear
     return model.eval()

@@ -22,7 +22,7 @@ from vitcli.pretrained import Pretrained
 
 __all__ = [
     *("LoadReport", "check_architecture", "differing_settings", "load_start", "load_weights", "resize_pos_embed"),
-    "section_of",
+    *("section_of", "trained_grid"),
 ]
 
 MAX_LISTED = 6  # tensors named in an error or summary before "and N more"
@@ -116,13 +116,17 @@ def resize_positions(
 def load_start(model: Model, start: Pretrained) -> LoadReport:
     """Load weights to start from into a model with a new head, resizing position embeddings; raises CheckpointError."""
     check_permutation(model, start)
-    section = section_of(start)
-    old_grid = None
-    if section.patch_size is not None:
-        height, width = start.preprocessing["image_size"]
-        side = section.patch_size * stem_stride(section)
-        old_grid = (height // side, width // side)
-    return load_weights(model, start.state, reset_head=True, old_grid=old_grid)
+    return load_weights(model, start.state, reset_head=True, old_grid=trained_grid(start))
+
+
+def trained_grid(weights: Pretrained) -> tuple[int, int] | None:
+    """Return the (rows, columns) of patches that weights were trained with; None for a model without patches."""
+    section = section_of(weights)
+    if section.patch_size is None:
+        return None
+    height, width = weights.preprocessing["image_size"]
+    side = section.patch_size * stem_stride(section)
+    return height // side, width // side
 
 
 def load_weights(

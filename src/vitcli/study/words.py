@@ -8,7 +8,7 @@ from vitcli.study.cells import PLAIN, Cell
 from vitcli.study.config import points_of
 from vitcli.study.plan import Study, cost
 
-__all__ = ["describe_study"]
+__all__ = ["all_finals", "describe_study"]
 
 MOST_ROWS = 60  # a table of this many lines is read, a longer one scrolls away
 

@@ -13,7 +13,7 @@ READY     := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-slow lint typecheck bench ci clean
+.PHONY: help install install-dev demo test test-slow lint typecheck bench ablations ci clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ typecheck: $(READY_DEV)  ## static types
 bench: $(READY)  ## images per second: corpus, training step, forward pass
 	@$(BIN)/python scripts/bench_corpus.py
 	@$(BIN)/python scripts/bench.py
+
+ablations: $(READY)  ## the paper's ablations, small, and their tables in docs/results: about an hour on 2 CPU cores
+	@PATH="$(abspath $(BIN)):$$PATH" scripts/ablations.sh $(RUNS)/ablations
 
 ci: lint typecheck test demo  ## what .ci/run checks, in the environment at hand
 

@@ -22,11 +22,11 @@ LAYERS = (
     | {"pretrained", "fewshot", "neighbours"},
     {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
     | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
-    | {"views", "translation", "label_sets", "jobs"},
+    | {"views", "translation", "label_sets", "jobs", "predict", "inspection"},
     {"step", "watch", "ending"},
     {"fit"},
-    {"train", "assess", "predict", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"}
-    | {"study", "doctor", "inspection"},
+    {"train", "assess", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"}
+    | {"study", "doctor"},
     {"cli", "cli_data", "cli_eval", "cli_models", "cli_options", "cli_predict", "cli_sweep", "cli_report"}
     | {"cli_study", "cli_doctor", "cli_inspect"},
     {"__main__"},

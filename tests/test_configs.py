@@ -13,11 +13,12 @@ from vitcli.model_config import resolve_model
 from vitcli.models import build_model
 from vitcli.recipes import finetune_recipe
 from vitcli.study.file import dump_study, read_study
-from vitcli.study.plan import plan_study
-from vitcli.study.words import describe_study
+from vitcli.study.plan import cost, plan_study
+from vitcli.study.words import all_finals, describe_study
 
 ROOT = Path(__file__).parents[1]
-STUDIES = sorted((ROOT / "configs").rglob("study-*.yaml"))
+ABLATIONS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
+STUDIES = [*sorted((ROOT / "configs").rglob("study-*.yaml")), *ABLATIONS]
 SHIPPED = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*STUDIES})
 PAPER = ROOT / "configs" / "paper"
 IDS = [str(path.relative_to(ROOT)) for path in SHIPPED]
@@ -94,6 +95,10 @@ def test_studies(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "study.yaml"
     copy.write_text(dump_study(study.config), encoding="utf-8")
     assert read_study(copy)[0] == study.config
+    if path in ABLATIONS:  # arms of one size, which two cores afford
+        assert study.config.first_arm == next(iter(study.config.families)) and study.config.pair is None
+        assert study.config.seeds == [0, 1, 2]
+        assert sum(map(cost, [*study.trials(), *all_finals(study)])) < 2e13
 
 
 def test_a_wrong_key_in_a_shipped_file_fails(tmp_path: Path) -> None:

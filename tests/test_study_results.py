@@ -14,9 +14,10 @@ import yaml
 from tests.made_study import make_cell, predictions, write_json, write_predictions
 from vitcli.errors import UserError
 from vitcli.study.cells import Cell, Measurement
+from vitcli.study.controls import draw_study
 from vitcli.study.page import edges
 from vitcli.study.plan import Study, plan_study
-from vitcli.study.record import write_study
+from vitcli.study.record import summary_of, write_study
 from vitcli.study.results import choose, measure, read_answers
 
 STUDY: dict[str, Any] = {
@@ -249,6 +250,34 @@ def test_the_files_say_what_was_planted(tmp_path: Path) -> None:
     assert "figures/" not in page
     assert any("Measured crossover" in line for line in lines)
     assert any(line.startswith("100 ") and "30.0 (" in line for line in lines)
+
+
+def test_a_study_of_one_size_compares_every_arm_with_the_first(tmp_path: Path) -> None:
+    arms = {"vit": {}, "deep": {"model": {"depth": 2}}, "gap": {"model": {"pool": "gap"}}, "wide": {"model": {"width": 64}}}
+    reached = {"vit": 0.5, "deep": 0.8, "gap": 0.5, "wide": 0.2}
+    study = plan(tmp_path, families=arms, sizes=[400], variants={"late": {"settings": {"optim": {"lr": 1e-2}}}})
+    assert study.notes == () and study.config.pair is None
+    for cell in study.finals({}):
+        make_cell(study, cell, accuracy=lambda cell, metric: reached[cell.family] + 0.01 * (cell.seed - 1))
+    lines = write_study(study, say=pytest.fail)
+    record = json.loads((study.out / "study.json").read_text())
+    assert record["first_arm"] == "vit" and record["comparison"] == []
+    leads = {each["family"]: each for each in record["against_first"] if each["variant"] == "plain"}
+    assert {arm: each["value"] for arm, each in leads.items()} == {
+        arm: pytest.approx(reached[arm] - 0.5, abs=1e-9) for arm in ("deep", "gap", "wide")
+    }
+    assert leads["deep"]["low"] > 0 > leads["wide"]["high"] and leads["gap"]["low"] < 0 < leads["gap"]["high"]
+    page = (study.out / "study.md").read_text()
+    assert "Upstream top-1 against vit: above it, in points: deep +30 (" in page and "not to be told from it: gap 0 (" in page
+    assert "|  | top-1, % | less vit, points | operations |" in page and "| vit | 50.0 (" in page
+    assert "| late less plain |" in page and "| wide | 20.0 (" in page
+    assert any(line.startswith("wide ") and line.endswith(" x") for line in lines)
+    drawn = {stem: figure for _, stem, _, figure in draw_study(summary_of(study, measure(study)))}
+    assert {"arms-upstream", "accuracy-upstream", "flops-upstream", "control-late-upstream"} <= set(drawn)
+    names = [tick.get_text() for tick in drawn["arms-upstream"].axes[0].get_yticklabels()]
+    assert names == ["deep", "gap", "wide"]
+    also = plan(tmp_path, families=arms, sizes=[400], compare=["wide", "deep"])  # who asks for a gap has it as well
+    assert also.config.pair == ("wide", "deep")
 
 
 def test_results_can_be_written_at_any_moment(tmp_path: Path) -> None:

@@ -239,6 +239,9 @@ class LogConfig(Section):
     )
     keep_best: Count = machine(0, "best checkpoints kept, by best_metric; then one is written at every evaluation")
     best_metric: Literal["top1", "top5", "loss"] = machine("top1", "of an evaluation; what keep_best goes by")
+    inspect_every_steps: PositiveInt | None = machine(
+        None, "the figures of vit inspect in TensorBoard every so many steps and at the end; null for none"
+    )
     sample_images: Count = machine(16, "training images in TensorBoard's sample grid; 0 turns it off")
 
 

@@ -420,6 +420,13 @@ class Engine:
         }
         return States(model, by_index, averages) if self.ranks.main else None
 
+    def weights(self, ema: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Return on rank 0 whole weights, the averages where there are any, and None elsewhere; with FSDP all must call it."""
+        if not self.in_step and not self.ranks.main:
+            return None
+        found = {name: self.whole(tensor) for name, tensor in (self.model.state_dict() if ema is None else ema).items()}
+        return found if self.ranks.main else None
+
     def load_states(self, saved: States | None, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor] | None) -> None:
         """Fill model, optimiser and averages from rank 0's states; whoever saved them, in however many parts.
 

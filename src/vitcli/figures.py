@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ __all__ = [
     "draw_panels",
     "draw_reliability",
     "inline_svg",
+    "pixels_of",
     "save_curves",
     "save_figure",
     "shorten",
@@ -50,6 +52,7 @@ COLOURS = (
     "#8c6bb1",
     "#7f7f7f",
 )  # Okabe and Ito (2008), then two more
+SCREEN_DPI = 100
 MOST_POINTS = 600  # of a line; more of them show nothing else
 MOST_NUMBERED, MOST_NAMED = 15, 40  # classes of a confusion matrix with a number in each cell, with a name at each row
 SETTINGS: Any = {
@@ -127,6 +130,15 @@ def save_figure(path: Path, figure: Figure) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     write_bytes(path, content)
+
+
+def pixels_of(figure: Figure) -> NDArray[np.uint8]:
+    """Return a figure as pixels, (H, W, 3), for a place that takes pictures alone; less fine than a file."""
+    with drawing():
+        figure.set_dpi(SCREEN_DPI)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def inline_svg(figure: Figure, *, name: str, description: str) -> str:

@@ -5,6 +5,7 @@ and a resumed run ends with the weights of one that was never interrupted, bit f
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
     probe_sets = open_probe_sets(config, ranks=ranks)
     state, engine, streak = start_state(job, say=say)
     log = RunLog(config.out, start_step=state.step, total_steps=train.steps, batch_size=train.batch_size, writes=ranks.main)
-    evaluated, probed = ranks.broadcast((set(log.evals), log.probed))
+    evaluated, probed, inspected = ranks.broadcast((set(log.evals), log.probed, log.inspected))
     warn_once = cache(log.message)  # every evaluation meets the same bad images
     micro_batches = train_batches(
         job.train_source,
@@ -177,6 +178,10 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
                 if probe_sets and (due_probe or last or reading) and state.step not in probed:
                     probe_now(probe_sets, state, job, engine, log, stop, warn=warn_once)
                     probed.add(state.step)
+                due_look = state.step > 0 and every.inspect_every_steps and state.step % every.inspect_every_steps == 0
+                if every.inspect_every_steps and (due_look or last) and state.step not in inspected:
+                    inspect_now(state, job, engine, log)
+                    inspected.add(state.step)
                 if last or (due and ranks.broadcast(is_stalled(config, log.evals, examples=job.plan.val_examples))):
                     return finish(state, job, engine, log, judged, evaluate, say=log.message)
                 parts = next_parts(micro_batches, micro_per_step, stop=stop, ranks=ranks)
@@ -441,6 +446,39 @@ def probe_now(
             ranks=job.ranks,
         )
     log.fewshot_row(state.step, accuracies)
+
+
+def inspect_now(state: State, job: Job, engine: Engine, log: RunLog) -> None:
+    """Put the figures of `vit inspect` into TensorBoard, from a copy of the weights: averaged ones where there are any.
+
+    One rank looks; the others wait for it. A device without room for a copy leaves this step's figures out.
+    """
+    from vitcli.inspection.live import live_figures  # with matplotlib, which a run that is not looked at need not import
+
+    def look() -> None:
+        assert weights is not None
+        start = time.monotonic()
+        try:
+            figures = live_figures(
+                weights,
+                job.val_source,
+                job.config,
+                num_classes=job.plan.num_classes,
+                step=state.step,
+                device=job.plan.device,
+                say=log.message,
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.message(f"inspect step {state.step}: no memory on {job.plan.device} for a copy of the model; left out")
+            return
+        pictures = {name: torch.from_numpy(pixels).permute(2, 0, 1)[None] for name, pixels in figures.items()}
+        log.inspect_row(state.step, pictures, seconds=time.monotonic() - start)
+
+    with log.paused():
+        weights = engine.weights(state.ema)
+        job.ranks.on_main(look)
 
 
 def store_predictions(job: Job, predictions: Predictions, *, step: int, path: Path) -> None:

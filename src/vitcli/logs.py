@@ -71,6 +71,7 @@ class RunLog:
             ) from error
         self.evals = {row["step"]: row for row in rows if row["kind"] == "eval"}
         self.probed = {row["step"] for row in rows if row["kind"] == "fewshot"}
+        self.inspected = {row["step"] for row in rows if row["kind"] == "inspect"}
         self.train_seconds = sum(row.get("seconds", 0.0) for row in rows if row["kind"] == "train")  # of the whole run
         self.row_step = start_step  # the last row's
         self.window_start = time.monotonic()
@@ -150,6 +151,14 @@ class RunLog:
         self.probed.add(step)
         shown = [f"{name.replace('/', ' ')} {100 * accuracy:.2f} %" for name, accuracy in accuracies.items()]
         self.message(f"few-shot step {step}/{self.total_steps}: {', '.join(shown)}")
+
+    def inspect_row(self, step: int, pictures: Mapping[str, "Tensor"], *, seconds: float) -> None:
+        """Put uint8 pictures (1, 3, H, W) of the model after `step` updates into TensorBoard, and log what they took."""
+        for name, picture in pictures.items():
+            self.images(step, f"inspect/{name}", picture)
+        self.write_row("inspect", step, {"figures": len(pictures), "seconds": seconds})
+        self.inspected.add(step)
+        self.message(f"inspect step {step}/{self.total_steps}: {len(pictures)} figures in {seconds:.1f} s, in TensorBoard")
 
     def images(self, step: int, tag: str, images: "Tensor") -> None:
         """Put uint8 images (n, 3, H, W) into TensorBoard as one grid."""

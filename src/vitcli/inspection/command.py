@@ -7,14 +7,11 @@ from typing import Any, Literal
 
 from vitcli.errors import UserError
 from vitcli.figures import save_figure
-from vitcli.inspection.embeddings import filters_of, positions_of
 from vitcli.inspection.gallery import FIGURES, gallery
-from vitcli.inspection.layers import layer_names
+from vitcli.inspection.looking import look
 from vitcli.inspection.numbers import numbers
 from vitcli.inspection.page import GENERATOR, render
 from vitcli.inspection.samples import Samples, file_samples, source_samples
-from vitcli.inspection.survey import survey
-from vitcli.inspection.views import depths, fields_of, views_of
 from vitcli.inspection.words import Inspection
 from vitcli.opened import OpenedModel, open_model, open_split
 from vitcli.plan import describe_model
@@ -26,8 +23,6 @@ __all__ = ["Asked", "inspect"]
 Say = Callable[[str], None]
 
 PAGE, NUMBERS = "index.html", "inspection.json"
-COLOURED = 4  # layers whose features are shown as colours
-FIELDS = 5  # layers whose receptive fields are shown
 
 
 @dataclass(frozen=True)
@@ -59,33 +54,9 @@ def inspect(asked: Asked, *, out: Path, say: Say) -> dict[str, Any]:
         if samples is None:
             raise UserError(f"{asked.against}: models are compared on images; give some with --images or --dataset")
         against = open_model(asked.against, dataset="images", head=False, say=say)
-    model = opened.model
-    layers = depths(len(layer_names(model)), most=COLOURED)
-    measured, views, fields = None, [], []
     if samples is not None:
         say(f"looking at {samples.description}")
-        measured = survey(opened, against, samples, say=say)
-        if not measured.images:
-            raise UserError(f"{samples.description}: none of them can be read")
-        views = views_of(opened, samples, layers=layers, say=say)
-        both = [opened] if against is None else [opened, against]
-        found = [fields_of(one, samples, most=FIELDS, name=name_of(one.ckpt), say=say) for one in both]
-        fields = [one for one in found if one is not None]
-    filters, filters_words = filters_of(model)
-    positions, positions_words = positions_of(model)
-    result = Inspection(
-        opened=opened,
-        against=against,
-        filters=filters,
-        filters_words=filters_words,
-        positions=positions,
-        positions_words=positions_words,
-        samples=samples,
-        survey=measured,
-        views=views,
-        coloured=[layer_names(model)[layer] for layer in layers],
-        fields=fields,
-    )
+    result = look(opened, samples, against=against, say=say)
     return write(result, out=out, kind=asked.kind)
 
 

@@ -105,29 +105,35 @@ def per_mean(maps: Tensor) -> Floats:
     return found / np.maximum(found.mean(axis=(-2, -1), keepdims=True), np.finfo(np.float64).tiny)
 
 
-def fields_of(opened: OpenedModel, samples: Samples, *, most: int, name: str, say: Say) -> Fields | None:
-    """Return a model's effective receptive fields in up to `most` layers; None for an MLP, whose one place is the image."""
+def fields_of(
+    opened: OpenedModel, samples: Samples, *, most: int, images: int = FIELD_IMAGES, name: str, say: Say
+) -> Fields | None:
+    """Return a model's effective receptive fields in up to `most` layers; None for an MLP, whose one place is the image.
+
+    Args:
+        images: over how many of the images they are averaged, at most.
+    """
     model = opened.model
     if isinstance(model, PixelMlp):
         return None
     names = layer_names(model)
     layers = depths(len(names), most=most)
-    chosen = depths(len(samples.names), most=FIELD_IMAGES)
+    chosen = depths(len(samples.names), most=images)
     sums: list[Floats] = []
-    images = 0
+    seen = 0
     for (pixels,) in batches(samples, [transform_of(opened)], size=4, numbers=chosen, say=say):
-        found = effective_fields(model, prepare(opened, pixels), layers=layers, first=images, seed=SEED)
+        found = effective_fields(model, prepare(opened, pixels), layers=layers, first=seen, seed=SEED)
         sums = [a + len(pixels) * b for a, b in zip(sums or [np.zeros_like(one) for one in found], found, strict=True)]
-        images += len(pixels)
-    if not images:
+        seen += len(pixels)
+    if not seen:
         return None
     return Fields(
         name=name,
         layers=[names[layer] for layer in layers],
         depths=[layer / max(1, len(names) - 1) for layer in layers],
         centres=centres_of(opened, layers),
-        fields=[one / images for one in sums],
-        images=images,
+        fields=[one / seen for one in sums],
+        images=seen,
     )
 
 

@@ -105,7 +105,9 @@ class StudyConfig(Section):
         description="what is compared: settings on top of base, by name"
     )
     compare: Annotated[Names, Field(min_length=2, max_length=2)] | None = Field(
-        None, description="the gap is the first one's accuracy less the second one's; null takes the first two families"
+        None,
+        description="the gap is the first one's accuracy less the second one's; null takes the first two families, or with one "
+        "size compares every family with the first",
     )
     variants: Annotated[dict[str, VariantConfig], Field(max_length=100)] = Field(
         {}, description=f"controls, by name; what has none of these settings is called {PLAIN}"
@@ -121,9 +123,14 @@ class StudyConfig(Section):
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """Return the families whose gap is measured; None where there is one family."""
+        """Return the families whose gap is measured over the sizes; None where there is one family or one size to look at."""
         names = list(self.compare or self.families)
-        return (names[0], names[1]) if len(names) > 1 else None
+        return (names[0], names[1]) if len(names) > 1 and (self.compare or not self.first_arm) else None
+
+    @property
+    def first_arm(self) -> str | None:
+        """Return the family that each other one is compared with, in a study of one size; None in one of several."""
+        return next(iter(self.families)) if len(self.sizes) == 1 else None
 
     @property
     def all_variants(self) -> list[str]:

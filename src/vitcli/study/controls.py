@@ -26,7 +26,7 @@ from vitcli.study.figures import (
 )
 from vitcli.study.summary import Mean, Summary, metric_words
 
-__all__ = ["Drawn", "draw_control", "draw_families", "draw_gaps", "draw_study", "draw_translation"]
+__all__ = ["Drawn", "draw_arms", "draw_control", "draw_families", "draw_gaps", "draw_study", "draw_translation"]
 
 MOST_COLUMNS = 3
 MOVED = {"translate": "upstream top-1", "unchanged": "answers unchanged"}
@@ -48,8 +48,12 @@ def draw_metric(summary: Summary, metric: str) -> Iterator[tuple[str, str, Figur
     stem = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in metric)
     words = metric_words(metric)
     caption = words[0].upper() + words[1:]
+    if figure := draw_arms(summary, metric):
+        yield f"arms-{stem}", f"{caption}: every family less {summary.first_arm}", figure
     yield f"accuracy-{stem}", f"{caption} against pretraining images", draw_accuracy(summary, metric)
-    yield f"flops-{stem}", f"{caption} against training FLOPs", draw_flops(summary, metric)
+    spent = {round(mean.flops) for curve in curves_of(summary, metric).values() for mean in curve}
+    if len(spent) > 1:  # else all of it lies above one point
+        yield f"flops-{stem}", f"{caption} against training FLOPs", draw_flops(summary, metric)
     if summary.compare and (metric, PLAIN) in summary.gaps:
         a, b = summary.compare
         yield f"gap-{stem}", f"{caption}, {a} minus {b}, against pretraining images", draw_gap(summary, metric)
@@ -113,6 +117,34 @@ def control_label(metric: str, variant: str, size: int) -> str:
 def at(summary: Summary, metric: str, family: str, size: int) -> list[Mean]:
     """Return a family's mean at a size with the plain settings, or nothing."""
     return [mean for mean in summary.curve(metric, family) if mean.examples == size]
+
+
+def draw_arms(summary: Summary, metric: str) -> Figure | None:
+    """Draw what each family of a study of one size is ahead of the first, below each other, with its interval.
+
+    Returns:
+        None in a study of several sizes, and where there is no other family.
+    """
+    leads = {key.family: lead for key, lead in summary.leads.items() if (key.metric, key.variant) == (metric, PLAIN)}
+    others = [family for family in summary.families if family in leads]
+    if not others:
+        return None
+    with drawing():
+        figure = Figure(figsize=(FULL[0], 1.0 + 0.36 * len(others)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
+        for place, family in enumerate(others):
+            colour, lead = colour_of(summary, family), leads[family]
+            axes.hlines(place, lead.low, lead.high, color=colour, linewidth=1.6, zorder=2)
+            axes.plot(lead.value, place, "o", color=colour, markersize=6, zorder=3)
+        axes.set_yticks(range(len(others)), [shorten(family, 26) for family in others])
+        axes.set_ylim(len(others) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(f"{metric_words(metric)}, points: less {shorten(str(summary.first_arm), 26)}")
+        points(axes, x=True)
+        axes.yaxis.grid(False)
+        return figure
 
 
 def draw_gaps(summary: Summary, metric: str) -> Figure:

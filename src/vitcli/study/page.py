@@ -10,9 +10,9 @@ from vitcli.study.axes import compact, signed
 from vitcli.study.cells import PLAIN, UPSTREAM
 from vitcli.study.figures import crossover_words
 from vitcli.study.stats import Estimate
-from vitcli.study.summary import Summary, metric_words
+from vitcli.study.summary import Curve, Summary, metric_words
 
-__all__ = ["accuracy_table", "as_markdown", "as_text", "page"]
+__all__ = ["accuracy_table", "arms_table", "as_markdown", "as_text", "page"]
 
 Table = list[list[str]]  # the first row is the head
 Drawn = Sequence[tuple[str, str, str]]  # of each figure the metric, the file's stem and the caption
@@ -53,22 +53,38 @@ def status(record: Mapping[str, Any]) -> str:
 
 def found(summary: Summary) -> list[str]:
     """Return the answer: words for every metric, and the crossovers under every variant."""
-    if not summary.gaps:
+    if not summary.gaps and not summary.leads:
         return []
-    parts = ["## What was found"]
+    parts = ["## What was found", *filter(None, (arm_words(summary, metric) for metric in summary.headline))]
     parts += [summary.gaps[metric, PLAIN].words for metric in summary.headline if (metric, PLAIN) in summary.gaps]
     rows = [["", *summary.variants]]
     for metric in summary.headline:
         gaps = [summary.gaps.get((metric, variant)) for variant in summary.variants]
         rows.append([metric_words(metric), *("" if gap is None else crossover_words(gap.crossover) for gap in gaps)])
-    return [*parts, as_markdown(rows)] if len(summary.variants) > 1 else parts
+    return [*parts, as_markdown(rows)] if summary.gaps and len(summary.variants) > 1 else parts
+
+
+def arm_words(summary: Summary, metric: str) -> str:
+    """Say which families of a study of one size are surely above or below the first; nothing where there is no other."""
+    sides: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for family in summary.families:
+        if lead := summary.leads.get(Curve(metric, PLAIN, family)):
+            sides[lead.sign].append(f"{family} {difference(lead).replace('**', '')}")
+    named = {1: "above it, in points: ", -1: "below it: ", 0: "not to be told from it: "}
+    said = "; ".join(named[side] + ", ".join(families) for side, families in sides.items() if families)
+    words = metric_words(metric)
+    return f"{words[0].upper()}{words[1:]} against {summary.first_arm}: {said}." if said else ""
 
 
 def of_metric(summary: Summary, metric: str, figures: Sequence[tuple[str, str]]) -> list[str]:
     """Return a metric's tables and figures."""
     words = metric_words(metric)
     parts = [f"## {words[0].upper()}{words[1:]}"]
-    for variant in summary.variants:
+    for variant in summary.variants if summary.first_arm is not None else ():
+        table = arms_table(summary, metric, variant)
+        if len(table) > 1:
+            parts += [f"Under the variant {variant}:" if variant != PLAIN else "", as_markdown(table)]
+    for variant in summary.variants if summary.first_arm is None else ():
         table = accuracy_table(summary, metric, variant)
         if len(table) > 1:
             parts += [f"Under the variant {variant}:" if variant != PLAIN else "", as_markdown(table)]
@@ -89,6 +105,22 @@ def accuracy_table(summary: Summary, metric: str, variant: str) -> Table:
     for size in sorted({size for known in by_size.values() for size in known}):
         cells = [share(by_size[family].get(size)) for family in families]
         rows.append([f"{size:,}", *cells, *([difference(gaps.get(size))] if gap else [])])
+    return rows
+
+
+def arms_table(summary: Summary, metric: str, variant: str) -> Table:
+    """Return, for a study of one size, every family's accuracy in per cent, its lead over the first in points, and its cost."""
+    assert summary.first_arm is not None
+    first = summary.curve(metric, summary.first_arm, variant)
+    changed = variant != PLAIN
+    head = ["", "top-1, %", f"less {summary.first_arm}, points", *([f"{variant} less {PLAIN}"] * changed), "operations"]
+    rows = [head]
+    for family in summary.families:
+        for mean in summary.curve(metric, family, variant)[:1]:
+            key = Curve(metric, variant, family)
+            change = [difference(next(iter(summary.changes.get(key, ())), None))] * changed
+            cost = f"{mean.flops / first[0].flops:.2f} x" if first else ""
+            rows.append([family, share(mean.estimate), difference(summary.leads.get(key)), *change, cost])
     return rows
 
 

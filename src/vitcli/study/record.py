@@ -16,7 +16,7 @@ from vitcli.rundir import read_json, write_json, write_text
 from vitcli.study.cells import PLAIN, Cell, Measurement, label
 from vitcli.study.controls import draw_study
 from vitcli.study.laws import PowerLaw
-from vitcli.study.page import accuracy_table, as_text, page
+from vitcli.study.page import accuracy_table, arms_table, as_text, page
 from vitcli.study.plan import Study
 from vitcli.study.results import Trial, as_csv, chosen_of, measure_cell, trials_of
 from vitcli.study.summary import Summary, metric_words, summarise
@@ -73,6 +73,7 @@ def summary_of(study: Study, measurements: Sequence[Measurement]) -> Summary:
         variants=[PLAIN, *config.variants],
         metrics=study.metrics(),
         one_pass=config.form == "one_pass",
+        first_arm=config.first_arm,
     )
 
 
@@ -80,7 +81,8 @@ def answer(summary: Summary, out: Path, *, drawn: bool) -> list[str]:
     """Return the first metric's table, the words for every metric, and where the rest is."""
     lines = []
     for metric in summary.headline[:1]:
-        lines += [f"{metric_words(metric)}, %, with 95 % intervals", *as_text(accuracy_table(summary, metric, PLAIN)), ""]
+        table = accuracy_table(summary, metric, PLAIN) if summary.first_arm is None else arms_table(summary, metric, PLAIN)
+        lines += [f"{metric_words(metric)}, %, with 95 % intervals", *as_text(table), ""]
     for metric in summary.headline:
         if gap := summary.gaps.get((metric, PLAIN)):
             lines += [gap.words, ""]
@@ -110,6 +112,7 @@ def record_of(
         "sizes": list(config.sizes),
         "seeds": list(config.seeds),
         "compare": config.pair,
+        "first_arm": config.first_arm,
         "families": {name: about_family(name, settings, cells) for name, settings in config.families.items()},
         "variants": {name: flatten(variant.settings) for name, variant in config.variants.items()},
         "cells": {
@@ -200,7 +203,8 @@ def as_json(summary: Summary) -> dict[str, Any]:
         for (metric, variant), gap in summary.gaps.items()
     ]
     laws = [{**key._asdict(), **law_json(law)} for key, law in summary.laws.items()]
-    return {"means": means, "changes": changes, "comparison": gaps, "power_laws": laws}
+    leads = [{**key._asdict(), **asdict(each)} for key, each in summary.leads.items()]
+    return {"means": means, "against_first": leads, "changes": changes, "comparison": gaps, "power_laws": laws}
 
 
 def law_json(law: PowerLaw) -> dict[str, Any]:

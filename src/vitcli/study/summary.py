@@ -5,7 +5,7 @@ What was worked out once is kept in the process, so that a study in progress cos
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class Summary:
 
     title: str
     families: tuple[str, ...]
-    compare: tuple[str, str] | None  # None with one family
+    compare: tuple[str, str] | None  # None with one family, or with one size unless it was asked for
     variants: tuple[str, ...]  # plain first
     metrics: tuple[str, ...]  # those that were measured
     curves: Mapping[Curve, tuple[Mean, ...]]  # by size, ascending
@@ -69,6 +69,8 @@ class Summary:
     changes: Mapping[Curve, tuple[Estimate, ...]]  # what a variant adds to a family's accuracy under the plain settings
     gaps: Mapping[tuple[str, str], Gap]  # by metric and variant
     gap_changes: Mapping[tuple[str, str], tuple[Estimate, ...]]  # what a variant adds to the gap under the plain settings
+    first_arm: str | None = None  # of a study of one size: the family that each other one is compared with
+    leads: Mapping[Curve, Estimate] = field(default_factory=dict)  # what a family is ahead of it, under the same variant
 
     def curve(self, metric: str, family: str, variant: str = PLAIN) -> tuple[Mean, ...]:
         """Return a family's means by size, ascending; () where there are none."""
@@ -89,12 +91,14 @@ def summarise(
     variants: Sequence[str],
     metrics: Sequence[str],
     one_pass: bool,
+    first_arm: str | None = None,
 ) -> Summary:
     """Work out everything that measurements say.
 
     Args:
         metrics: the order to report them in; others come behind.
         one_pass: sizes are readings of the same runs.
+        first_arm: of a study of one size, the family to compare each other one with.
     """
     series = in_series(measurements)
     order = [*dict.fromkeys([*metrics, *(key.metric for key in series)])]
@@ -131,7 +135,20 @@ def summarise(
         changes=changes,
         gaps={key: gap for key, gap in gaps_found.items() if gap.estimates},
         gap_changes={key: found for key, found in gap_changes.items() if found},
+        first_arm=first_arm,
+        leads={} if first_arm is None else leads_of(series, first_arm, one_pass),
     )
+
+
+def leads_of(series: Mapping[Curve, Series], first_arm: str, one_pass: bool) -> dict[Curve, Estimate]:
+    """Return what each family of a study of one size is ahead of the first, on the same images."""
+    found: dict[Curve, Estimate] = {}
+    for key, own in series.items():
+        first = series.get(key._replace(family=first_arm))
+        if key.family != first_arm and first is not None and is_headline(key.metric):
+            for estimate in difference((own, first), (1.0, -1.0), one_pass):
+                found[key] = estimate
+    return found
 
 
 def is_headline(metric: str) -> bool:

@@ -8,7 +8,7 @@ from vitcli.study.cells import PLAIN, Cell
 from vitcli.study.config import points_of
 from vitcli.study.plan import Study, cost
 
-__all__ = ["describe_study"]
+__all__ = ["all_finals", "describe_study"]
 
 MOST_ROWS = 60  # a table of this many lines is read, a longer one scrolls away
 
@@ -69,6 +69,8 @@ def form_lines(study: Study, one: Cell) -> Iterator[str]:
         )
     if config.pair is not None:
         yield f"  gap       {config.pair[0]} less {config.pair[1]}"
+    elif config.first_arm is not None and len(config.families) > 1:
+        yield f"  compared  every family with {config.first_arm}"
 
 
 def family_lines(study: Study) -> Iterator[str]:

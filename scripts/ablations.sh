@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The tables of docs/results/ablations.md, from nothing: about an hour on 2 CPU cores. Started again, it goes on.
+#   scripts/ablations.sh [OUT] [JOBS]
+set -euo pipefail
+out=${1:-runs/ablations} jobs=${2:-2}
+for study in configs/ablations/*.yaml; do
+    vit study --config "$study" --out "$out/$(basename "$study" .yaml)" --jobs "$jobs"
+done
+python scripts/ablation_results.py "$out"

@@ -379,7 +379,10 @@ def check_objective(config: Config, layers: Layers) -> None:
         values = getattr(config, section)
         for field in fields:
             if getattr(values, field) != type(values).model_fields[field].default:
-                problem = f"{section}.{field}", f"is about labels, and objective.name: {config.objective.name} uses none; drop it"
+                problem = (
+                    f"{section}.{field}",
+                    f"is about labels, and objective.name {config.objective.name} uses none; drop it",
+                )
     if problem is not None:
         raise ConfigError(f"{layers.where(problem[0])}: {problem[0]} {problem[1]}")
 

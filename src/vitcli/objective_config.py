@@ -85,12 +85,14 @@ def objective_problem(objective: ObjectiveConfig, model: ModelConfig, image_size
         unread = objective.mask_ratio is not None
         return ("objective.mask_ratio", "hides patches, but objective.name is classification; leave it out") if unread else None
     if model.kind != "vit" or model.resnet_units is not None:
-        what = "a hybrid, whose ResNet mixes a patch with its neighbours" if model.kind == "vit" else f"model.kind: {model.kind}"
+        what = f"model.kind: {model.kind}"
+        if model.kind == "vit":
+            what = "a hybrid, whose ResNet lets a patch's neighbours see it"
         return "objective.name", f"is {name}, which hides patches of a Vision Transformer, not of {what}; take classification"
     for wrong, key, why in (
         (model.pool == "map", "model.pool", f"is map, which learns from labels alone, and {name} uses none; take token or gap"),
-        (model.representation_size is not None, "model.representation_size", f"is of a head, which {name} has not; leave it out"),
-        (model.head_bias != 0, "model.head_bias", f"is of a head, which {name} has not; leave it out"),
+        (model.representation_size is not None, "model.representation_size", f"is of a head, and {name} has none; drop it"),
+        (model.head_bias != 0, "model.head_bias", f"is of a head, and {name} has none; drop it"),
         (model.patch_dropout > 0, "model.patch_dropout", f"leaves out patches that {name} is to predict; take 0"),
         (
             name == "mae" and model.attention == "axial",

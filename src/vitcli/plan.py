@@ -6,7 +6,6 @@ run directory and is all that a resumed run needs. `describe` is what `--dry-run
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -147,7 +146,8 @@ def tune(
     assert draft.train.steps is not None and draft.train.micro_batch_size is not None
     flops = forward_flops(draft.model, image_size=config.data.image_size, num_classes=num_classes)
     images = draft.train.steps * train.batch_size // ranks
-    if not train.tune or not config.objective.needs_labels or not worth_measuring(images=images, flops_per_image=flops, device=device):
+    worth = train.tune and worth_measuring(images=images, flops_per_image=flops, device=device)
+    if not worth or not config.objective.needs_labels:
         return config, None
     choice = choose_settings(
         draft.model,
@@ -262,7 +262,8 @@ def describe(plan: Plan) -> list[str]:
     trained = f", of which {plan.trained_parameters:,} are trained" if plan.trained_parameters < plan.parameters else ""
     layers = f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else ""
     labels = config.objective.needs_labels
-    patience = f"after {train.early_stop_evals} evaluations clearly below the best by {config.log.best_metric if labels else 'loss'}"
+    metric = config.log.best_metric if labels else "loss"
+    patience = f"after {train.early_stop_evals} evaluations clearly below the best by {metric}"
     classes = f", {plan.num_classes:,} classes" if labels else ", without a head"
     return [
         f"model       {describe_model(model, config.data.image_size)}{classes}",

@@ -281,8 +281,8 @@ def headline(summary: dict[str, Any]) -> str:
     minutes, seconds = divmod(int(summary["train_seconds"]), 60)
     steps, trained = summary["step"], summary.get("trained_steps", summary["step"])
     after = f"{trained:,} steps" if trained == steps else f"{steps:,} of {trained:,} steps"
-    loss = summary.get("loss")
-    found = f"top-1 {100 * summary['top1']:.2f} %" if "top1" in summary else f"loss {'not finite' if loss is None else f'{loss:.4g}'}"
+    loss = "not finite" if summary.get("loss") is None else f"{summary['loss']:.4g}"
+    found = f"top-1 {100 * summary['top1']:.2f} %" if "top1" in summary else f"loss {loss}"  # the latter without labels
     return f"{found}, {after}, {minutes} min {seconds} s of training"
 
 

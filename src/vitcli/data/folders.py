@@ -19,7 +19,10 @@ from vitcli.data.images import IMAGE_SUFFIXES
 from vitcli.data.protocol import UNLABELLED
 from vitcli.errors import DataError
 
-__all__ = ["EVALUATION_FOLDERS", "ImageFiles", "Split", "evaluation_folder", "has_class_folders", "open_folder", "open_unlabelled"]
+__all__ = [
+    *("EVALUATION_FOLDERS", "ImageFiles", "Split", "evaluation_folder", "has_class_folders"),
+    *("open_folder", "open_unlabelled"),
+]
 
 Split = Literal["train", "val"]
 EVALUATION_FOLDERS = ("val", "validation", "test")  # in order of preference
@@ -77,14 +80,15 @@ def open_folder(
 def open_unlabelled(path: Path, *, split: Split, val_fraction: float) -> ImageFiles:
     """List one split of a folder of pictures that are in no classes, however deep they lie: all of one class.
 
-    `train` and one of `EVALUATION_FOLDERS` are the splits where both are there; else `val_fraction` of all pictures is held out.
+    `train` and one of `EVALUATION_FOLDERS` are the splits where both are there; else `val_fraction` of all is held out.
 
     Raises:
         DataError: nothing there, not a folder, no pictures.
     """
     path = path.expanduser()
     if not path.is_dir():
-        raise DataError(f"{path}: {'this is a file' if path.exists() else 'there is no such folder'}; expected a folder of images")
+        found = "this is a file" if path.exists() else "there is no such folder"
+        raise DataError(f"{path}: {found}; expected a folder of images")
     below = subfolders(path)
     held_out = next((name for name in EVALUATION_FOLDERS if name in below), None)
     if "train" in below and held_out is not None:

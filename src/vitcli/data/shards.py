@@ -174,9 +174,13 @@ def open_shards(pattern: str, *, split: Split, data: DataConfig, cache_dir: Path
     except NoLabelError:
         if labels:
             raise
-        copies_gib = data.remote_cache_gib
         index = build_index(
-            choice.urls, cache_dir=cache_dir, label_key=None, classes=[UNLABELLED], remote_cache_gib=copies_gib, info=choice.info
+            choice.urls,
+            cache_dir=cache_dir,
+            label_key=None,
+            classes=[UNLABELLED],
+            remote_cache_gib=data.remote_cache_gib,
+            info=choice.info,
         )
         classes = index.classes
     name = f"shards:{pattern}"

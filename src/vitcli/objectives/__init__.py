@@ -5,9 +5,15 @@ A Vision Transformer keeps its tensors' names; what predicts hangs on it as `obj
 
 from vitcli.objectives.build import build_learner, describe_objective, flops_per_image, kept_bytes, units_of
 from vitcli.objectives.judge import ObjectiveResult, evaluate_objective
-from vitcli.objectives.masks import draw_masks, training_masks
+from vitcli.objectives.masks import training_masks
 
 __all__ = [
-    *("ObjectiveResult", "build_learner", "describe_objective", "draw_masks", "evaluate_objective"),
-    *("flops_per_image", "kept_bytes", "training_masks", "units_of"),
+    "ObjectiveResult",
+    "build_learner",
+    "describe_objective",
+    "evaluate_objective",
+    "flops_per_image",
+    "kept_bytes",
+    "training_masks",
+    "units_of",
 ]

@@ -1,4 +1,4 @@
-"""What a model that learns without labels is worth on the evaluation split: its loss, with masks that are the same every time."""
+"""What a model that learns without labels is worth on the evaluation split: its loss, with the same masks every time."""
 
 import math
 import time

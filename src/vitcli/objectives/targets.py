@@ -1,4 +1,4 @@
-"""What is to be predicted of a patch: its colours in 3 bits a channel (paper B.1.2), its pixels, or its pixels normalised (MAE).
+"""What is to be predicted of a patch: its colours in 3 bits a channel (paper B.1.2), or its pixels, perhaps normalised (MAE).
 
 B batch, h w grid sides, P = h w patches, s side of a patch, px.
 """
@@ -15,7 +15,7 @@ COLOURS = (1 << BITS) ** 3  # 512
 
 
 def patches_of(images: Tensor, side: int) -> Tensor:
-    """Cut images (B, C, H, W) into patches (B, P, s s C), row by row; within a patch by row, column and channel, as MAE does."""
+    """Cut images (B, C, H, W) into patches (B, P, s s C), row by row; in a patch by row, column and channel, as MAE does."""
     batch, channels, height, width = images.shape
     cut = images.reshape(batch, channels, height // side, side, width // side, side).permute(0, 2, 4, 3, 5, 1)
     return cut.reshape(batch, -1, side * side * channels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.models.attention import Mlp, reset_mlp
-from vitcli.models.initial import lecun_normal_
+from vitcli.models.initial import build_head, lecun_normal_
 from vitcli.models.permutation import PatchPermutation, as_seen
 
 __all__ = ["PixelMlp"]
@@ -76,7 +76,7 @@ class PixelMlp(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=layer_norm_eps)
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.head = build_head(width, num_classes)
         self.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:

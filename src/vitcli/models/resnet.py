@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcli.models.initial import lecun_normal_
+from vitcli.models.initial import build_head, lecun_normal_
 from vitcli.models.permutation import PatchPermutation, as_seen
 
 __all__ = ["ResNet", "ResNetStem", "standardise"]
@@ -386,7 +386,7 @@ class ResNet(nn.Module):
             spatial_units=spatial_units,
         )
         self.norm = norm(channels)
-        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        self.head = build_head(channels, num_classes)
         self.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitcli.model_config import kept_patches
 from vitcli.models.attention import Attention, AttentionPool, AxialAttention, Mlp, reset_mlp
-from vitcli.models.initial import lecun_normal_
+from vitcli.models.initial import build_head, lecun_normal_
 from vitcli.models.permutation import PatchPermutation, as_seen
 from vitcli.models.positions import learned2d_positions, sincos2d_positions
 
@@ -281,7 +281,7 @@ class VisionTransformer(nn.Module):
                 width=width, mlp_dim=mlp_dim, num_heads=num_heads, gelu=gelu, layer_norm_eps=layer_norm_eps
             )
         self.pre_logits = nn.Linear(width, representation_size) if representation_size else None
-        self.head = nn.Linear(representation_size or width, num_classes) if num_classes else nn.Identity()
+        self.head = build_head(representation_size or width, num_classes)
         self.objective: nn.Module | None = None
         self.reset_parameters()
 

@@ -196,6 +196,16 @@ def test_a_mistake_in_a_runs_settings_is_pointed_at(tmp_path: Path, text: str, w
     assert "\n" not in str(error.value)
 
 
+def test_a_variant_may_learn_without_labels(tmp_path: Path) -> None:
+    text = PLAIN_GRID.replace("{augment: {flip: false}}", "{objective: {name: mae}}").replace("translate_px: [1, 2]\n", "")
+    study = plan(tmp_path, text)
+    plain, unlabelled = (next(cell for cell in study.finals({}) if cell.variant == name) for name in ("plain", "rough"))
+    assert study.settings(unlabelled).objective.decoder_width == 16
+    assert unlabelled.training_flops != plain.training_flops
+    with pytest.raises(ConfigError, match="objective.name is mae, but translate_px goes by the accuracy of a classifier"):
+        plan(tmp_path, text + "translate_px: [1, 2]\n")
+
+
 def test_too_few_images(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"study\.yaml:19: sizes goes up to 40 images, but shapes has 39 .*base\.data\.shapes\.train"

@@ -144,7 +144,7 @@ def facts(each: Contender) -> dict[str, Any]:
             mean = float(np.asarray(values, np.float64).mean())
             found[key] = {"value": mean, "interval": list(bootstrap_interval(values))}
         found |= {"examples": len(predictions), "dataset": each.about["dataset"], "evaluated_step": each.about["step"]}
-    elif row.get("examples"):
+    elif row.get("examples") and "correct" in row:  # without labels nothing is right or wrong
         for key, hits in (("top1", "correct"), ("top5", "correct_top5")):
             low, high = share_interval(row[hits], row["examples"])
             found[key]["interval"] = [float(low), float(high)]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vitcli.model_config import ModelConfig
+from vitcli.objective_config import ObjectiveConfig
 from vitcli.section import Count, Fraction, ImageSize, Length, Patterns, PositiveInt, Section, Size, machine
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LogConfig",
     "MixPart",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "ShapesConfig",
     "Section",
@@ -238,7 +240,9 @@ class LogConfig(Section):
         [], "images seen at which the run is evaluated and probed, and its answers and checkpoint are kept for good"
     )
     keep_best: Count = machine(0, "best checkpoints kept, by best_metric; then one is written at every evaluation")
-    best_metric: Literal["top1", "top5", "loss"] = machine("top1", "of an evaluation; what keep_best goes by")
+    best_metric: Literal["top1", "top5", "loss"] = machine(
+        "top1", "of an evaluation; what keep_best goes by; the loss where a run learns without labels"
+    )
     inspect_every_steps: PositiveInt | None = machine(
         None, "the figures of vit inspect in TensorBoard every so many steps and at the end; null for none"
     )
@@ -254,6 +258,7 @@ class Config(Section):
     from_scratch: bool = Field(False, description="take architecture and preprocessing from ckpt, but not its weights")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from vitcli.config import Config
 from vitcli.errors import ConfigError
 from vitcli.model_config import SIZES, ModelConfig, model_problem, resolve_model
+from vitcli.objective_config import objective_problem
 
 __all__ = ["Layers", "check_config", "dump_config", "flatten", "load_config", "read_config", "setting_keys", "stored_config"]
 
@@ -362,6 +363,28 @@ def check_config(config: Config, layers: Layers) -> None:
         if height % side or width % side or height * width < 4 * side**2:
             fail("data.patch_permutation", f"is {side}; it must cut the image of {height} x {width} px into 4 squares or more")
     check_model(config.model, data.image_size, layers)
+    check_objective(config, layers)
+
+
+# settings that say how to learn from labels
+OF_LABELS = {
+    "train": ("loss", "label_smoothing", "class_weights", "freeze_backbone", "head_first_steps"),
+    "augment": ("mixup", "cutmix"),
+}
+
+
+def check_objective(config: Config, layers: Layers) -> None:
+    problem = objective_problem(config.objective, resolve_model(config.model), config.data.image_size)
+    for section, fields in OF_LABELS.items() if problem is None and not config.objective.needs_labels else ():
+        values = getattr(config, section)
+        for field in fields:
+            if getattr(values, field) != type(values).model_fields[field].default:
+                problem = (
+                    f"{section}.{field}",
+                    f"is about labels, and objective.name {config.objective.name} uses none; drop it",
+                )
+    if problem is not None:
+        raise ConfigError(f"{layers.where(problem[0])}: {problem[0]} {problem[1]}")
 
 
 def check_model(model: ModelConfig, image_size: tuple[int, int], layers: Layers) -> None:

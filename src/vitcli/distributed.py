@@ -286,6 +286,7 @@ class Engine:
         model: on the CPU; moved.
         blocks: its repeated parts: what FSDP gathers at a time, and what is computed again in the backward pass.
         input_shape: of one example.
+        beside: (1, ...) what else the model is given with one, such as masks.
         compute_dtype: of autocast, under which the caller runs the model; FSDP sends weights in it and sums in float32.
         activation_checkpointing: keep only each block's input.
         compile: by torch.compile; with FSDP block by block.
@@ -302,6 +303,7 @@ class Engine:
         *,
         blocks: Sequence[nn.Module],
         input_shape: tuple[int, ...],
+        beside: Tensor | None = None,
         parallel: Parallel,
         ranks: Ranks,
         device: torch.device,
@@ -315,6 +317,7 @@ class Engine:
         self.device = device
         self.in_step = parallel == "fsdp"
         self.input_shape = input_shape
+        self.beside = () if beside is None else (beside.to(device),)
         self.compute_dtype = compute_dtype
         self.reduced = False
         self.replica: DistributedDataParallel | None = None
@@ -347,9 +350,9 @@ class Engine:
         if compile and parallel != "fsdp":
             self.forward = cast(nn.Module, torch.compile(self.forward))
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Return the model's output for training."""
-        output: Tensor = self.forward(inputs)
+        output: Tensor = self.forward(*inputs)
         return output
 
     @contextmanager
@@ -381,7 +384,7 @@ class Engine:
         inputs = torch.zeros(1, *self.input_shape, device=self.device)
         model = self.model if self.replica is None else self.replica
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            output: Tensor = model(inputs)
+            output: Tensor = model(inputs, *self.beside)
         (0.0 * output.float().sum()).backward()
 
     @contextmanager

@@ -28,7 +28,7 @@ def scores_of(config: Config, evals: Evals, *, examples: int) -> dict[int, float
     Args:
         examples: images of an evaluation.
     """
-    metric = config.log.best_metric
+    metric = metric_of(config)
     sign = -1.0 if metric == "loss" else 1.0
     scores = {step: math.nan if row[metric] is None else sign * row[metric] for step, row in evals.items()}
     best = max((score for score in scores.values() if math.isfinite(score)), default=math.nan)
@@ -37,6 +37,11 @@ def scores_of(config: Config, evals: Evals, *, examples: int) -> dict[int, float
     share = (best * examples + 2) / (examples + 4)  # Agresti and Coull: at 100 % too there is an error
     enough = best - math.sqrt(share * (1 - share) / examples)
     return {step: best if score >= enough else score for step, score in scores.items()}
+
+
+def metric_of(config: Config) -> str:
+    """Return what evaluations are compared by: `log.best_metric`, or the loss, which alone a run without labels has."""
+    return config.log.best_metric if config.objective.needs_labels else "loss"
 
 
 def best_step(scores: Mapping[int, float]) -> int | None:
@@ -84,7 +89,7 @@ def return_to_best(
     best = ranks.broadcast(best)
     if best == state.step:
         return False
-    say(f"{config.log.best_metric} got worse after step {best:,}; the weights of that step are the result")
+    say(f"{metric_of(config)} got worse after step {best:,}; the weights of that step are the result")
     states = None if saved is None else States(saved.model_state, saved.optimizer_state, saved.ema_state)
     engine.load_states(states, state.optimizer, state.ema)
     state.step = best

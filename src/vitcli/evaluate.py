@@ -42,6 +42,10 @@ class EvalResult:
         """Speed of the whole evaluation, reading the images included."""
         return self.examples / max(self.seconds, 1e-9)
 
+    def row(self) -> dict[str, Any]:
+        """Return what metrics.jsonl and TensorBoard keep of it."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5, "seconds": self.seconds}
+
     def as_dict(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
         """Return JSON values: numbers, and one entry per class, with its name where `classes` gives it.
 

@@ -34,7 +34,8 @@ from vitcli.evaluate import EvalResult
 from vitcli.interrupts import StopSignals
 from vitcli.lanes import Lanes
 from vitcli.logs import RunLog
-from vitcli.models import build_model
+from vitcli.models import VisionTransformer
+from vitcli.objectives import ObjectiveResult, build_learner, evaluate_objective, training_masks, units_of
 from vitcli.optim import averages, build_optimizer, ema_start, trained_names, weight_norm
 from vitcli.plan import Plan, count_lanes, head_alone, lr_of_step, reading_steps
 from vitcli.predictions import VAL_PREDICTIONS, Predictions, collect_source, reading_file, save_predictions
@@ -53,7 +54,8 @@ from vitcli.weights import load_start
 __all__ = ["Finished", "Job", "class_weights_of", "fit", "preprocessing_of"]
 
 Say = Callable[[str], None]
-Judgement = tuple[EvalResult, Predictions]
+Result = EvalResult | ObjectiveResult
+Judgement = tuple[Result, Predictions | None]  # without labels there are no answers
 
 
 # what, beside the source's name, says which images an evaluation of this run is about
@@ -65,7 +67,7 @@ DEV_IDENTITY = ("examples", "subset_seed")  # and of which part of the training 
 class Finished:
     """What came out of a run."""
 
-    result: EvalResult
+    result: Result
     step: int  # whose weights these are: the last one, or with early stopping the best
     trained_steps: int
     train_seconds: float
@@ -246,7 +248,8 @@ def finish(
         judged = None if moved else judged
     result, predictions = judged or evaluate()
     store_predictions(job, predictions, step=state.step, path=VAL_PREDICTIONS)
-    log.hparams(flatten(config.model_dump(mode="json")), {"eval/top1": result.top1, "eval/loss": result.loss})
+    numbers = {f"eval/{key}": value for key, value in result.row().items() if key in ("top1", "accuracy", "loss")}
+    log.hparams(flatten(config.model_dump(mode="json")), numbers)
     return Finished(result, state.step, trained_steps, log.train_seconds)
 
 
@@ -296,12 +299,7 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
     config, device, ranks = job.config, job.plan.device, job.ranks
     assert config.out is not None and config.train.micro_batch_size is not None
     torch.manual_seed(derive_seed(config.seed, "init"))
-    model = build_model(
-        config.model,
-        image_size=config.data.image_size,
-        num_classes=job.plan.num_classes,
-        patch_permutation=config.data.patch_permutation,
-    )
+    model = build_learner(config, num_classes=job.plan.num_classes)
     # Start precedence: this run's own checkpoint, then --ckpt, then scratch.
     resume_from = latest_checkpoint(config.out, say=say) if ranks.main else None
     step = ranks.broadcast(0 if resume_from is None else step_of(resume_from))
@@ -313,8 +311,9 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
         parameter.requires_grad_(name in learning)
     engine = Engine(
         model,
-        blocks=model.units(),
+        blocks=units_of(model),
         input_shape=(3, *config.data.image_size),
+        beside=masks_of_one(model, config),
         parallel=ranks.broadcast(job.plan.parallel),
         ranks=ranks,
         device=device,
@@ -343,6 +342,14 @@ def start_state(job: Job, *, say: Callable[[str], None]) -> tuple[State, Engine,
     return State(model, optimizer, ema, scale, step, at_once, lanes), engine, Streak.from_dict(extra.get("streak"))
 
 
+def masks_of_one(model: torch.nn.Module, config: Config) -> Tensor | None:
+    """Return the masks (1, P) of some image, or None where the model is given images alone."""
+    if config.objective.needs_labels:
+        return None
+    assert isinstance(model, VisionTransformer)
+    return training_masks(config.objective, grid_size=model.grid_size, seed=config.seed, step=0, indices=[0])
+
+
 def write_row(state: State, job: Job, log: RunLog, sums: Tensor, gradient_norm: Tensor) -> None:
     """Log what happened since the last row, over all ranks, and reset the sums."""
     job.ranks.sum_(sums)
@@ -350,7 +357,7 @@ def write_row(state: State, job: Job, log: RunLog, sums: Tensor, gradient_norm: 
     sums.zero_()
     row = {
         "loss": loss_sum / images if images else None,  # no step was applied
-        "accuracy": hits / images if images else None,
+        "accuracy": hits / images if images and has_accuracy(job.config) else None,
         "lr": lr_of_step(job.config, state.step - 1),
         "gradient_norm": gradient_norm.item(),
         "weight_norm": weight_norm(p for p in state.model.parameters() if p.requires_grad).item(),
@@ -359,13 +366,18 @@ def write_row(state: State, job: Job, log: RunLog, sums: Tensor, gradient_norm: 
     log.train_row(state.step, row)
 
 
+def has_accuracy(config: Config) -> bool:
+    """Tell whether predictions of a resolved config are right or wrong: classes and colours, not pixels."""
+    return config.objective.needs_labels or config.objective.target in ("mean_colour", "colours")
+
+
 def save(state: State, job: Job, engine: Engine, saver: AsyncSaver, watch: Watch, log: RunLog) -> None:
     """Begin to write a checkpoint of the state; those that need not stay are deleted after it."""
     config = job.config
     identity = set(DATA_IDENTITY) | (set() if config.data.dev_fraction is None else set(DEV_IDENTITY))
     manifest = {
         "model": config.model.model_dump(mode="json"),
-        "classes": list(job.train_source.classes),
+        "classes": list(job.train_source.classes) if config.objective.needs_labels else [],
         "preprocessing": preprocessing_of(config),
         "source": config.data.source,
         "data": config.data.model_dump(mode="json", include=identity),
@@ -400,23 +412,26 @@ def evaluate_now(
     """Evaluate the weights, averaged ones where there are any, and log the result; return the answers too."""
     batch_size = job.config.train.eval_batch_size
     assert batch_size is not None
+    how: dict[str, Any] = {
+        "device": job.plan.device,
+        "batch_size": batch_size,
+        "warn": warn,
+        "check": stop.check,
+        "ranks": job.ranks,
+        "flops_per_image": job.plan.flops_per_image,
+    }
+    result: Result
+    predictions: Predictions | None = None
     with log.paused(), engine.averaged(state.ema) as judged:
-        result, predictions = collect_source(
-            judged,
-            job.val_source,
-            job.config,
-            device=job.plan.device,
-            batch_size=batch_size,
-            num_classes=job.plan.num_classes,
-            warn=warn,
-            check=stop.check,
-            class_map=job.val_classes,
-            ranks=job.ranks,
-            flops_per_image=job.plan.flops_per_image,
-        )
+        if job.config.objective.needs_labels:
+            result, predictions = collect_source(
+                judged, job.val_source, job.config, num_classes=job.plan.num_classes, class_map=job.val_classes, **how
+            )
+        else:
+            result = evaluate_objective(judged, job.val_source, job.config, **how)
     if state.step in reading_steps(job.config):  # before the row that says it is done
         store_predictions(job, predictions, step=state.step, path=reading_file(state.step))
-    log.eval_row(state.step, {"loss": result.loss, "top1": result.top1, "top5": result.top5, "seconds": result.seconds})
+    log.eval_row(state.step, result.row())
     return result, predictions
 
 
@@ -481,9 +496,9 @@ def inspect_now(state: State, job: Job, engine: Engine, log: RunLog) -> None:
         job.ranks.on_main(look)
 
 
-def store_predictions(job: Job, predictions: Predictions, *, step: int, path: Path) -> None:
-    """Write the answers of the weights of `step` to every evaluation image to a path of the run directory."""
-    if not job.ranks.main:
+def store_predictions(job: Job, predictions: Predictions | None, *, step: int, path: Path) -> None:
+    """Write the answers of the weights of `step`, if it gives any, to every evaluation image to a path of the run directory."""
+    if not job.ranks.main or predictions is None:
         return
     config = job.config
     assert config.out is not None

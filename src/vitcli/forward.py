@@ -21,7 +21,9 @@ from vitcli.lanes import Lanes, choose_lanes
 
 __all__ = ["Forward", "answers", "features", "logits", "source_answers"]
 
-Forward = Callable[[Any, Tensor], Tensor]  # a model (or its twin in another lane) and images (b, 3, H, W) to answers (b, ...)
+# a model (or its twin in another lane), images (b, 3, H, W) and what `beside` makes of a batch, to answers (b, ...)
+Forward = Callable[..., Tensor]
+Beside = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 
 
 def logits(model: Any, images: Tensor) -> Tensor:
@@ -41,6 +43,7 @@ def answers(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     forward: Forward = logits,
+    beside: Beside | None = None,
     preprocess: Callable[[Tensor], Tensor],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -55,6 +58,7 @@ def answers(
     Args:
         model: on `device`.
         batches: of `images` uint8 (b, 3, H, W) and more; this rank's share of them.
+        beside: what else the model is given with a batch's images, such as masks: tensors (b, ...).
         preprocess: uint8 images on `device` to what the model takes.
         dtype: of the forward pass; bfloat16 runs under autocast.
         should_stop: called before each batch; raises to end the iteration (`Interrupted`).
@@ -65,9 +69,9 @@ def answers(
         UserError, Interrupted: what reading a batch or `should_stop` raised, on every rank whoever met it.
     """
 
-    def answer(net: nn.Module, images: Tensor) -> Tensor:
+    def answer(net: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return forward(net, images)
+            return forward(net, *inputs)
 
     modes = [(module, module.training) for module in model.modules()]
     side_by_side = Lanes(model, count=lanes)
@@ -76,8 +80,9 @@ def answers(
         for batch in in_step(batches, ranks=ranks, should_stop=should_stop):
             # not inference_mode: a tensor the model caches there could not take part in training later
             with torch.no_grad():
-                images = preprocess(batch["images"].to(device, non_blocking=True))
-                parts = images.tensor_split(lanes) if len(images) >= lanes else [images]
+                others = () if beside is None else beside(batch)
+                inputs = (preprocess(batch["images"].to(device, non_blocking=True)), *(each.to(device) for each in others))
+                parts = list(zip(*(each.tensor_split(lanes) for each in inputs))) if len(inputs[0]) >= lanes else [inputs]
                 found = torch.cat(side_by_side.run(answer, parts))
             if len(batch["labels"]):
                 yield batch, found
@@ -93,6 +98,7 @@ def source_answers(
     config: Config,
     *,
     forward: Forward = logits,
+    beside: Beside | None = None,
     device: torch.device,
     batch_size: int,
     warn: Callable[[str], object],
@@ -123,6 +129,7 @@ def source_answers(
             model,
             batches,
             forward=forward,
+            beside=beside,
             preprocess=lambda images: normalise(images, mean=data.mean, std=data.std),
             device=device,
             dtype=AUTOCAST.get(config.train.precision, torch.float32),
@@ -158,6 +165,6 @@ def in_step(
                 return
             if batch is None:
                 images = torch.zeros(1, *shapes[0][1:], dtype=torch.uint8)
-                batch = {"images": images, "labels": torch.zeros(0, dtype=torch.int64)}
+                batch = {"images": images, "labels": torch.zeros(0, dtype=torch.int64), "indices": torch.zeros(1).long()}
         assert batch is not None
         yield batch

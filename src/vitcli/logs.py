@@ -127,7 +127,7 @@ class RunLog:
         return speed
 
     def eval_row(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log an evaluation after `step` updates; the console shows `top1`, `top5` and `loss` where given.
+        """Log an evaluation after `step` updates; the console shows `top1`, `top5`, `accuracy` and `loss` where given.
 
         A run killed between its last evaluation and its summary evaluates that step again; the files keep the first row.
         """
@@ -135,7 +135,8 @@ class RunLog:
             with self.paused():
                 self.write_row("eval", step, values)
             self.evals[step] = dict(values)
-        shown = [f"{name} {100 * values[key]:.2f} %" for key, name in (("top1", "top-1"), ("top5", "top-5")) if key in values]
+        names = (("top1", "top-1"), ("top5", "top-5"), ("accuracy", "accuracy"))
+        shown = [f"{name} {100 * values[key]:.2f} %" for key, name in names if key in values]
         if isinstance(values.get("loss"), int | float):
             shown.append(f"loss {values['loss']:.4g}")
         self.message(f"eval step {step}/{self.total_steps}: {', '.join(shown)}")

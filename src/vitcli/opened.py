@@ -71,7 +71,10 @@ def open_model(
     keep_freed_memory()
     pretrained = open_weights(ckpt, say=say)
     if head and not pretrained.classes:
-        raise CheckpointError(f"{ckpt}: these weights have no classifier to evaluate; fine-tune them first (vit finetune)")
+        raise CheckpointError(
+            f"{ckpt}: these weights have no classifier yet: fine-tune them (vit finetune), or probe their "
+            "features (vit eval --fewshot 5 --linear)"
+        )
     if dataset is None and pretrained.manifest["source"] is None:
         raise DataError(f"{ckpt}: the file does not say which data its classes are of; give the data set with --dataset")
     data_settings: dict[str, Any] = {

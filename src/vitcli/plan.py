@@ -6,7 +6,6 @@ run directory and is all that a resumed run needs. `describe` is what `--dry-run
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,8 +15,9 @@ from vitcli.distributed import SOLO, Parallel, Ranks, choose_parallel
 from vitcli.errors import ConfigError
 from vitcli.lanes import choose_lanes
 from vitcli.model_config import ModelConfig, receptive_field, resolve_model, stem_stride
-from vitcli.models import build_model
-from vitcli.models.flops import activation_bytes, forward_flops, training_flops
+from vitcli.models.flops import forward_flops
+from vitcli.objective_config import resolve_objective
+from vitcli.objectives import build_learner, describe_objective, flops_per_image, kept_bytes
 from vitcli.optim import averages, lr_at, trained_names
 from vitcli.tuning import Choice, choose_settings, product_width, worth_measuring
 
@@ -110,6 +110,7 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
     return config.model_copy(
         update={
             "model": model,
+            "objective": resolve_objective(config.objective, model, config.data.image_size),
             "optim": optim.model_copy(update={"warmup_steps": warmup_steps}),
             "train": train.model_copy(
                 update={
@@ -136,13 +137,17 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
 def tune(
     config: Config, *, num_classes: int, train_examples: int, val_examples: int, device: torch.device, ranks: int = 1
 ) -> tuple[Config, Choice | None]:
-    """Settle `auto` precision and a micro-batch of null by a measurement, if the config allows one and the run is long."""
+    """Settle `auto` precision and a micro-batch of null by a measurement, if the config allows one and the run is long.
+
+    What is measured is a classifier: a run without labels keeps to the plan.
+    """
     train = config.train
     draft = resolve(config, train_examples=train_examples, val_examples=val_examples, device=device, ranks=ranks)
     assert draft.train.steps is not None and draft.train.micro_batch_size is not None
     flops = forward_flops(draft.model, image_size=config.data.image_size, num_classes=num_classes)
     images = draft.train.steps * train.batch_size // ranks
-    if not train.tune or not worth_measuring(images=images, flops_per_image=flops, device=device):
+    worth = train.tune and worth_measuring(images=images, flops_per_image=flops, device=device)
+    if not worth or not config.objective.needs_labels:
         return config, None
     choice = choose_settings(
         draft.model,
@@ -172,7 +177,9 @@ def count_lanes(config: Config, *, flops_per_image: int, device: torch.device, r
 def _micro_batch_size(config: Config, device: torch.device) -> int:
     """Halve the batch until it is under the device's useful size and its activations fit in half of the free memory."""
     micro, available = config.train.batch_size, memory_bytes(device)
-    per_image = _activation_bytes(config, resolve_model(config.model))
+    model = resolve_model(config.model)
+    objective = resolve_objective(config.objective, model, config.data.image_size)
+    per_image = _activation_bytes(config.model_copy(update={"objective": objective}), model)
     while micro > 1 and (micro > MICRO_BATCH_CAP[device.type] or (available is not None and micro * per_image > available / 2)):
         micro = math.ceil(micro / 2)
     return micro
@@ -181,7 +188,7 @@ def _micro_batch_size(config: Config, device: torch.device) -> int:
 def _activation_bytes(config: Config, model: ModelConfig) -> int:
     """Estimate what an image keeps in memory between forward and backward pass; a resolved precision of 16 bits counts."""
     checkpointing = config.train.activation_checkpointing
-    whole = activation_bytes(model, image_size=config.data.image_size, checkpointing=checkpointing)
+    whole = kept_bytes(config, model, checkpointing=checkpointing)
     return whole if config.train.precision in ("auto", "float32") else whole * 9 // 16  # autocast keeps some in float32
 
 
@@ -190,7 +197,7 @@ def build_plan(
 ) -> Plan:
     """Work out what a resolved config costs; builds the model without memory to count its parameters."""
     with torch.device("meta"):
-        model = build_model(config.model, image_size=config.data.image_size, num_classes=num_classes)
+        model = build_learner(config, num_classes=num_classes)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     parameters, trained = sum(sizes.values()), sum(sizes[name] for name in checked_names(config, list(sizes)))
     moments = 1 if config.optim.name == "sgd" else 2
@@ -206,7 +213,7 @@ def build_plan(
         memory_bytes=memory_bytes(device),
     )
     memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + activations
-    shown: dict[str, Any] = {"image_size": config.data.image_size, "num_classes": num_classes}
+    forward, step = flops_per_image(config, num_classes=num_classes)
     return Plan(
         config,
         num_classes,
@@ -214,8 +221,8 @@ def build_plan(
         val_examples,
         parameters,
         trained,
-        forward_flops(config.model, **shown),
-        training_flops(config.model, **shown),
+        forward,
+        step,
         memory,
         device,
         parallel,
@@ -254,9 +261,13 @@ def describe(plan: Plan) -> list[str]:
     passes = images / plan.train_examples
     trained = f", of which {plan.trained_parameters:,} are trained" if plan.trained_parameters < plan.parameters else ""
     layers = f", layer decay {optim.layer_decay:g}" if optim.layer_decay < 1 else ""
-    patience = f"after {train.early_stop_evals} evaluations clearly below the best by {config.log.best_metric}"
+    labels = config.objective.needs_labels
+    metric = config.log.best_metric if labels else "loss"
+    patience = f"after {train.early_stop_evals} evaluations clearly below the best by {metric}"
+    classes = f", {plan.num_classes:,} classes" if labels else ", without a head"
     return [
-        f"model       {describe_model(model, config.data.image_size)}, {plan.num_classes:,} classes",
+        f"model       {describe_model(model, config.data.image_size)}{classes}",
+        *([] if labels else [f"objective   {describe_objective(config)}"]),
         f"parameters  {plan.parameters:,}{trained}",
         f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {work:.3g} in all",
         f"data        {config.data.source}: {plan.train_examples:,} training and {plan.val_examples:,} evaluation images",

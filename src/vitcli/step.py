@@ -19,6 +19,8 @@ from vitcli.data.transforms import mix_batch, normalise
 from vitcli.device import AUTOCAST
 from vitcli.distributed import Engine, Ranks
 from vitcli.lanes import Lanes
+from vitcli.models import VisionTransformer
+from vitcli.objectives import training_masks
 from vitcli.optim import SGD, Adam, AdamW, clip_gradients, decay_at, ema_update
 from vitcli.plan import head_alone, lr_of_step
 from vitcli.randomness import derive_seed
@@ -69,7 +71,7 @@ def train_step(
 
     Args:
         parts: micro-batches of images, uint8 (b, 3, H, W), and labels (b,); with the other processes' the step's batch.
-        num_classes: K.
+        num_classes: K; not read where the objective needs no labels.
         class_weights: (K,) weights in the loss, or None for equal ones.
         sums: (3,) loss x images, hits and images of the steps applied since the last log row.
         say: is told when memory runs out and fewer images go through the model at once from then on.
@@ -139,12 +141,15 @@ def accumulate_gradients(
     scale = 1.0 if state.scale is None else state.scale.scale
     seen = torch.zeros(len(parts), 3, dtype=torch.float64, device=device)
     for number, part in enumerate(parts):
-        labels = part["labels"].to(device, non_blocking=True)
         inputs = normalise(part["images"].to(device, non_blocking=True), mean=config.data.mean, std=config.data.std)
-        targets = soft_targets(labels, num_classes=num_classes, label_smoothing=train.label_smoothing)
-        if (config.augment.mixup or config.augment.cutmix) and len(labels):
-            seed = derive_seed(config.seed, "mix", state.step, number)
-            inputs, targets = mix_batch(inputs, targets, seed=seed, mixup=config.augment.mixup, cutmix=config.augment.cutmix)
+        if config.objective.needs_labels:
+            labels = part["labels"].to(device, non_blocking=True)
+            targets = soft_targets(labels, num_classes=num_classes, label_smoothing=train.label_smoothing)
+            if (config.augment.mixup or config.augment.cutmix) and len(labels):
+                seed, augment = derive_seed(config.seed, "mix", state.step, number), config.augment
+                inputs, targets = mix_batch(inputs, targets, seed=seed, mixup=augment.mixup, cutmix=augment.cutmix)
+        else:
+            targets = masks_of(state, part, config).to(device, non_blocking=True)
         # Every process makes as many portions as the others, be its share smaller by one: some of them meet in each.
         portions = -(-largest_share(config, number, engine.ranks) // state.images_at_once)
         weight = scale / train.batch_size
@@ -165,8 +170,20 @@ def accumulate_gradients(
     return seen
 
 
+def masks_of(state: State, part: Batch, config: Config) -> Tensor:
+    """Return the masks (b, P) of a micro-batch, by this step and the images' indices."""
+    assert isinstance(state.model, VisionTransformer)
+    return training_masks(
+        config.objective,
+        grid_size=state.model.grid_size,
+        seed=config.seed,
+        step=state.step,
+        indices=part["indices"].numpy(),
+    )
+
+
 def backward(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     portion: tuple[Tensor, Tensor],
     *,
     config: Config,
@@ -174,12 +191,21 @@ def backward(
     class_weights: Tensor | None,
     weight: float,
 ) -> Tensor:
-    """Add the gradient of a portion's losses x weight to the model's; return (3,) loss x images, hits and images."""
+    """Add the gradient of a portion's losses x weight to the model's; return (3,) loss x images, hits and images.
+
+    Args:
+        portion: images (b, 3, H, W) and target distributions (b, K); or masks (b, P), and then an image's hits are the share
+            of its predictions that are right.
+    """
     train, (x, y) = config.train, portion
     if len(x) == 0:
         return torch.zeros(3, dtype=torch.float64, device=device)
     with torch.autocast(device.type, AUTOCAST.get(train.precision), enabled=train.precision in AUTOCAST):
-        logits = model(x)  # (b, K)
+        logits = model(x) if config.objective.needs_labels else model(x, y)  # (b, K), or (b, 2)
+    if not config.objective.needs_labels:
+        (logits[:, 0].mean() * (weight * len(x))).backward()
+        sums = logits.detach().double().sum(0)
+        return torch.cat([sums, torch.full_like(sums[:1], len(x))])
     loss = classification_loss(logits.float(), y, kind=train.loss, class_weights=class_weights)
     (loss * (weight * len(x))).backward()
     with torch.no_grad():

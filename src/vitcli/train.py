@@ -24,7 +24,7 @@ from vitcli.evaluate import map_classes
 from vitcli.fit import Job, fit
 from vitcli.interrupts import StopSignals
 from vitcli.model_config import resolve_model
-from vitcli.models import build_model
+from vitcli.objectives import build_learner
 from vitcli.opened import flops_of
 from vitcli.own_data import class_sizes, on_both_sides, short_side, split_record
 from vitcli.plan import build_plan, describe, resolve, tune
@@ -133,6 +133,9 @@ def finetune_config(
         )
     if config.ckpt != ckpt or config.from_scratch != from_scratch:
         raise ConfigError("ckpt and from_scratch are given by --ckpt and --from-scratch here; drop them from the settings")
+    if not config.objective.needs_labels:
+        where = layers.where("objective.name")
+        raise ConfigError(f"{where}: objective.name is {config.objective.name}; fine-tuning learns from labels, so drop it")
     there, here = section_of(pretrained), resolve_model(config.model)
     for key in differing_settings(there, here):
         found, expected = (json.dumps(section.model_dump(mode="json")[key]) for section in (here, there))
@@ -247,8 +250,12 @@ def carry_out(
     quoted, root = shlex.quote(str(out)), config.data.root
     data_root = f" --data-root {shlex.quote(str(root))}" if root else ""
     say(f"run directory {out}; curves: tensorboard --logdir {quoted}")
-    say(f"next: vit eval --ckpt {quoted}{data_root}")
-    say(f"      vit predict --ckpt {quoted} PICTURE ...")
+    if config.objective.needs_labels:
+        say(f"next: vit eval --ckpt {quoted}{data_root}")
+        say(f"      vit predict --ckpt {quoted} PICTURE ...")
+    else:
+        say(f"next: vit finetune --ckpt {quoted} --dataset NAME{data_root}")
+        say(f"      vit eval --ckpt {quoted} --dataset NAME{data_root} --fewshot 5 --linear")
     say(f"      vit report {quoted}")
 
 
@@ -266,12 +273,7 @@ def warn_of_copies(job: Job, *, say: Say) -> None:
 def rehearse(job: Job, start: Pretrained) -> LoadReport:
     """Return the report of loading weights to start from, without the memory or the work; raises CheckpointError."""
     with torch.device("meta"):
-        model = build_model(
-            job.config.model,
-            image_size=job.config.data.image_size,
-            num_classes=job.plan.num_classes,
-            patch_permutation=job.config.data.patch_permutation,
-        )
+        model = build_learner(job.config, num_classes=job.plan.num_classes)
     return load_start(model, start)
 
 
@@ -279,7 +281,9 @@ def headline(summary: dict[str, Any]) -> str:
     minutes, seconds = divmod(int(summary["train_seconds"]), 60)
     steps, trained = summary["step"], summary.get("trained_steps", summary["step"])
     after = f"{trained:,} steps" if trained == steps else f"{steps:,} of {trained:,} steps"
-    return f"top-1 {100 * summary['top1']:.2f} %, {after}, {minutes} min {seconds} s of training"
+    loss = "not finite" if summary.get("loss") is None else f"{summary['loss']:.4g}"
+    found = f"top-1 {100 * summary['top1']:.2f} %" if "top1" in summary else f"loss {loss}"  # the latter without labels
+    return f"{found}, {after}, {minutes} min {seconds} s of training"
 
 
 def begun(out: Path) -> bool:
@@ -359,23 +363,25 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
     """Open the data and settle every choice that is still open; a run that has begun keeps the choices it made."""
     assert config.out is not None
     device = choose_device(config.train.device)
-    train_source = open_source(config.data.source, split="train", data=config.data)
-    val_source = open_source(config.data.val_source or config.data.source, split="val", data=config.data)
-    num_classes = len(train_source.classes)
-    unknown = sorted(set(val_source.classes) - set(train_source.classes))
+    labels = config.objective.needs_labels
+    train_source = open_source(config.data.source, split="train", data=config.data, labels=labels)
+    val_source = open_source(config.data.val_source or config.data.source, split="val", data=config.data, labels=labels)
+    num_classes = len(train_source.classes) if labels else 0
+    unknown = sorted(set(val_source.classes) - set(train_source.classes)) if labels else []
     if unknown:
         listed = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise DataError(
             f"{val_source.name}: to evaluate on, has classes that {train_source.name} does not train: {listed}; "
             "take them out, or add training images of them"
         )
-    val_classes = map_classes(train_source.classes, val_source.classes, val_source.name)
+    val_classes = map_classes(train_source.classes, val_source.classes, val_source.name) if labels else None
     tuning = None
     manifest = read_json(config.out / MANIFEST)
     if manifest is not None and begun(config.out):
         before = stored_config(config.out / CONFIG)
         log = before.log.model_copy(update={key: value for key, value in config.log if value is not None})
-        config = config.model_copy(update={"model": before.model, "optim": before.optim, "train": before.train, "log": log})
+        kept = {name: getattr(before, name) for name in ("model", "objective", "optim", "train")}
+        config = config.model_copy(update={**kept, "log": log})
         found = {"train": train_source.fingerprint, "val": val_source.fingerprint}
         changed = [split for split in found if found[split] != manifest["data"][split]]
         if changed:

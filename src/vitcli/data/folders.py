@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.data.images import IMAGE_SUFFIXES
+from vitcli.data.protocol import UNLABELLED
 from vitcli.errors import DataError
 
-__all__ = ["EVALUATION_FOLDERS", "ImageFiles", "Split", "evaluation_folder", "has_class_folders", "open_folder"]
+__all__ = [
+    *("EVALUATION_FOLDERS", "ImageFiles", "Split", "evaluation_folder", "has_class_folders"),
+    *("open_folder", "open_unlabelled"),
+]
 
 Split = Literal["train", "val"]
 EVALUATION_FOLDERS = ("val", "validation", "test")  # in order of preference
@@ -71,6 +75,38 @@ def open_folder(
             return scan(path / held_out, class_names(path / held_out))
         raise DataError(f"{path}: has {held_out}/ but no train/; add {path}/train/<class>/*.jpg")
     return hold_out(scan(path, class_names(path)), split=split, val_fraction=val_fraction)
+
+
+def open_unlabelled(path: Path, *, split: Split, val_fraction: float) -> ImageFiles:
+    """List one split of a folder of pictures that are in no classes, however deep they lie: all of one class.
+
+    `train` and one of `EVALUATION_FOLDERS` are the splits where both are there; else `val_fraction` of all is held out.
+
+    Raises:
+        DataError: nothing there, not a folder, no pictures.
+    """
+    path = path.expanduser()
+    if not path.is_dir():
+        found = "this is a file" if path.exists() else "there is no such folder"
+        raise DataError(f"{path}: {found}; expected a folder of images")
+    below = subfolders(path)
+    held_out = next((name for name in EVALUATION_FOLDERS if name in below), None)
+    if "train" in below and held_out is not None:
+        return scan_flat(path / ("train" if split == "train" else held_out))
+    return hold_out(scan_flat(path), split=split, val_fraction=val_fraction)
+
+
+def scan_flat(path: Path) -> ImageFiles:
+    """List every image below a folder as one class."""
+    found: list[tuple[str, int, int]] = []
+    others = collect(path, ".", found)
+    if not found:
+        ignored = f" ({others} files of other types)" if others else ""
+        raise DataError(f"{path}: no images in this folder{ignored}; expected some ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    found.sort()
+    names = [name.removeprefix("./") for name, _, _ in found]
+    sizes, mtimes = (np.array([item[place] for item in found], dtype=np.int64) for place in (1, 2))
+    return ImageFiles(path, names, np.zeros(len(found), np.int64), [UNLABELLED], sizes, mtimes)
 
 
 def evaluation_folder(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vitcli.data.folders import EVALUATION_FOLDERS, Split
 from vitcli.data.images import decode
-from vitcli.data.protocol import Labels, SourceDefaults
+from vitcli.data.protocol import UNLABELLED, Labels, SourceDefaults
 from vitcli.data.subset import held_out
 from vitcli.errors import DataError
 
@@ -56,7 +56,7 @@ class HubSource(SourceDefaults):
         return decode(self.read(index), where=self.where(index)), int(self.labels[index])
 
 
-def open_hub(spec: str, *, split: Split, label_key: str, val_fraction: float) -> HubSource:
+def open_hub(spec: str, *, split: Split, label_key: str, val_fraction: float, need_labels: bool = True) -> HubSource:
     """Open one split of a set; the evaluation split is `validation`, `val` or `test`, else a held-out share of `train`.
 
     Raises:
@@ -82,11 +82,13 @@ def open_hub(spec: str, *, split: Split, label_key: str, val_fraction: float) ->
     images = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
     if len(images) != 1:
         raise DataError(f"{name}: expected one image column, found {', '.join(images) or 'none'} among {', '.join(features)}")
-    if label_key not in features:
+    if label_key not in features and need_labels:
         guesses = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         hint = f"; did you mean data.label_key={guesses[0]}?" if guesses else "; set data.label_key"
         raise DataError(f"{name}: no column {label_key!r}, only {', '.join(features)}{hint}")
-    labels, classes = read_labels(datasets, rows, label_key, name)
+    labels, classes = np.zeros(len(rows), np.int64), [UNLABELLED]
+    if label_key in features:
+        labels, classes = read_labels(datasets, rows, label_key, name)
     rows = rows.cast_column(images[0], datasets.Image(decode=False))
     if held:
         mine = held_out(labels, fraction=val_fraction, name=name)

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EncodedSource", "Group", "Source", "SourceDefaults", "UniformSource"]
+__all__ = ["UNLABELLED", "EncodedSource", "Group", "Source", "SourceDefaults", "UniformSource"]
 
+UNLABELLED = "unlabelled"  # the one class of images that nobody has put into classes
 Labels = NDArray[Any]  # (N,) integers; perhaps a read-only map of a file
 
 

@@ -48,7 +48,7 @@ def build_index(
     urls: Sequence[str],
     *,
     cache_dir: Path,
-    label_key: str = DEFAULT_LABEL_KEY,
+    label_key: str | None = DEFAULT_LABEL_KEY,
     classes: Sequence[str] | None = None,
     workers: int | None = None,
     beside: bool = False,
@@ -60,7 +60,7 @@ def build_index(
     Args:
         urls: paths or URLs, in the order that numbers the images.
         cache_dir: below it lie indexes, unless a folder `.vit-index` beside the shards has or takes them.
-        label_key: where json members keep the label.
+        label_key: where json members keep the label; None for images without labels, all of class 0.
         classes: class names by label; else a list beside the shards, else what the labels say.
         workers: processes; else as many as there are cores.
         beside: create that folder beside the shards.
@@ -162,7 +162,7 @@ class Plan:
     urls: list[str]
     names: list[str]
     stats: list[Stat]
-    label_key: str
+    label_key: str | None
     listed: list[str] | None
 
     @cached_property
@@ -305,7 +305,7 @@ class Task:
     url: str
     stat: Stat
     target: Path
-    label_key: str
+    label_key: str | None
     copies: RemoteCopies
 
     def run(self) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vitcli.data.tar import BLOCK, Member, iter_members, printable
 from vitcli.errors import DataError
 
-__all__ = ["DEFAULT_LABEL_KEY", "IMAGES", "Part", "scan_shard"]
+__all__ = ["DEFAULT_LABEL_KEY", "IMAGES", "NoLabelError", "Part", "scan_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,14 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")  # 007 is a name
 LARGEST_IMAGE = 2**31 - 1  # bytes: what an int32 holds
 MOST_CLASSES = 1_000_000  # a larger label is damage; without a list, there are as many classes as labels go up to
 EXPECTED_LABEL = f"expected a class as a number from 0 to {MOST_CLASSES - 1:,}, or its name"
+
+
+class NoLabelError(DataError):
+    """An image without a label, where labels are needed."""
+
+
+class NoKeyError(ValueError):
+    """A json member that says nothing of a label."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +45,16 @@ class Part:
     names: list[str]
 
 
-def scan_shard(shard: str | BinaryIO, *, where: str, label_key: str = DEFAULT_LABEL_KEY) -> Part:
+def scan_shard(shard: str | BinaryIO, *, where: str, label_key: str | None = DEFAULT_LABEL_KEY) -> Part:
     """Find the images and labels of one shard.
 
     Members belong together that have the same path up to the first dot of its last part, as in webdataset; the rest, in small
-    letters, says what they are: an image, `cls` or `json` for the label, anything else is passed over.
+    letters, says what they are: an image, `cls` or `json` for the label, anything else is passed over. With a `label_key` of
+    None labels are passed over too, and all images are of class 0.
 
     Raises:
-        DataError: no tar file, cut off or damaged, without images, or with an image that has no label or a second one.
+        NoLabelError: an image has no label.
+        DataError: no tar file, cut off or damaged, without images, or with a second image or label of a name.
     """
     images: dict[str, Member] = {}
     labels: dict[str, dict[str, Member]] = {"cls": {}, "json": {}}
@@ -68,7 +78,7 @@ def scan_shard(shard: str | BinaryIO, *, where: str, label_key: str = DEFAULT_LA
             f"{where}: no images in this shard; expected members such as 0001.jpg with 0001.cls ({', '.join(IMAGES)})"
         )
     alone = next((key for table in labels.values() for key in table if key not in images), None)
-    if alone is not None:
+    if alone is not None and label_key is not None:
         logger.warning("%s: %s has a label but no image (%s); passed over", where, printable(alone), ", ".join(IMAGES))
     kinds = ("cls", "json") if label_key == DEFAULT_LABEL_KEY else ("json", "cls")  # who names a key means json
     codes: list[int] = []
@@ -76,18 +86,22 @@ def scan_shard(shard: str | BinaryIO, *, where: str, label_key: str = DEFAULT_LA
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(shard, "rb", buffering=0)) if isinstance(shard, str) else shard
         for key, image in images.items():
+            if image.size > LARGEST_IMAGE:
+                raise DataError(f"{where}:{printable(image.name)}: an image of {image.size:,} bytes; expected less than 2 GiB")
+            if label_key is None:
+                codes.append(0)
+                continue
             found_in = next((kind for kind in kinds if key in labels[kind]), None)
             if found_in is None:
                 expected = f"expected {printable(key)}.cls or {printable(key)}.json beside it in the shard"
-                raise DataError(f"{where}:{printable(image.name)}: no label; {expected}")
-            if image.size > LARGEST_IMAGE:
-                raise DataError(f"{where}:{printable(image.name)}: an image of {image.size:,} bytes; expected less than 2 GiB")
+                raise NoLabelError(f"{where}:{printable(image.name)}: no label; {expected}")
             member = labels[found_in][key]
             try:
                 label = read_label(file, member, found_in, label_key=label_key)
             except (ValueError, RecursionError, OSError) as error:
                 reason = " ".join(str(error).split())
-                raise DataError(f"{where}:{printable(member.name)}: {reason}; {EXPECTED_LABEL}") from error
+                kind_of = NoLabelError if isinstance(error, NoKeyError) else DataError
+                raise kind_of(f"{where}:{printable(member.name)}: {reason}; {EXPECTED_LABEL}") from error
             codes.append(label if isinstance(label, int) else -1 - names.setdefault(label, len(names)))
     found = list(images.values())
     return Part(
@@ -121,7 +135,7 @@ def read_label(file: BinaryIO, member: Member, kind: str, *, label_key: str) -> 
         value = stated.get(label_key) if isinstance(stated, dict) else None
         if value is None:
             keys = ", ".join(map(printable, list(stated)[:8])) if isinstance(stated, dict) and stated else "none"
-            raise ValueError(f"no label: no key {label_key!r} (set data.label_key), but {keys}")
+            raise NoKeyError(f"no label: no key {label_key!r} (set data.label_key), but {keys}")
     shown = printable(str(value))[:80]
     if isinstance(value, str):
         value = value.strip()

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from vitcli.config import DataConfig
 from vitcli.data.folders import Split
 from vitcli.data.images import decode
-from vitcli.data.protocol import Labels, SourceDefaults
+from vitcli.data.protocol import UNLABELLED, Labels, SourceDefaults
 from vitcli.data.remote import RemoteCopies, is_remote
 from vitcli.data.shard_build import build_index
 from vitcli.data.shard_index import ShardIndex
+from vitcli.data.shard_scan import NoLabelError
 from vitcli.data.shard_sets import ShardChoice, choose_shards, expand_shards, spelt_alike
 from vitcli.data.subset import held_out
 from vitcli.data.tar import Member, iter_members, name_at
@@ -155,19 +156,33 @@ class ShardSource(SourceDefaults):
         return f"{self.index.urls[shard]}:{member}"
 
 
-def open_shards(pattern: str, *, split: Split, data: DataConfig, cache_dir: Path) -> ShardSource:
+def open_shards(pattern: str, *, split: Split, data: DataConfig, cache_dir: Path, labels: bool = True) -> ShardSource:
     """Open one split of the set that a pattern names; the first time its shards are scanned.
 
     Args:
         pattern: as for `expand_shards`; see `choose_shards` for what the split means.
         data: label_key, val_fraction and remote_cache_gib are read.
         cache_dir: for the index and for copies of remote shards.
+        labels: whether images need them; where they do not and one has none, all are of one class.
 
     Raises:
         DataError: what `expand_shards`, `choose_shards` and `build_index` raise it for, or a class without training images.
     """
     choice = choose_shards(pattern, split)
-    index, classes = open_index(choice, split=split, data=data, cache_dir=cache_dir)
+    try:
+        index, classes = open_index(choice, split=split, data=data, cache_dir=cache_dir)
+    except NoLabelError:
+        if labels:
+            raise
+        index = build_index(
+            choice.urls,
+            cache_dir=cache_dir,
+            label_key=None,
+            classes=[UNLABELLED],
+            remote_cache_gib=data.remote_cache_gib,
+            info=choice.info,
+        )
+        classes = index.classes
     name = f"shards:{pattern}"
     if split == "train" or choice.hold_out:
         empty = np.flatnonzero(index.counts == 0).tolist()

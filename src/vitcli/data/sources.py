@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vitcli.config import DataConfig
 from vitcli.data.cache import Pixels, cache_key, decode_once, default_cache_dir, estimate_decoded_bytes
-from vitcli.data.folders import ImageFiles, Split, open_folder
+from vitcli.data.folders import ImageFiles, Split, has_class_folders, open_folder, open_unlabelled
 from vitcli.data.images import decode
 from vitcli.data.mix import MixSource
 from vitcli.data.named import NAMED_SETS, Arrays, data_root, load_named
@@ -118,13 +118,15 @@ class FileSource(SourceDefaults):
         return decode(self.read(index), where=self.where(index)), int(self.files.labels[index])
 
 
-def open_source(spec: str, *, split: Split, data: DataConfig) -> Source:
+def open_source(spec: str, *, split: Split, data: DataConfig, labels: bool = True) -> Source:
     """Open one split of the set that `spec` names; `val` is the split to evaluate on, the test set where one is published.
 
     Args:
         spec: a name, kind:PLACE, or mix.
         data: where to look, how large to cache, which part of the training split, and whether a share of that takes the place
             of the evaluation split; `data.source` and `data.val_source` are not read, so that several sets may share a section.
+        labels: whether they are needed. Where they are not, a folder, shards or a Hugging Face set may say nothing of classes,
+            and then all their images are of one; a set with classes is read as always, with the same split.
 
     Raises:
         DataError: unknown name, nothing found, or content that makes no labelled set.
@@ -132,10 +134,10 @@ def open_source(spec: str, *, split: Split, data: DataConfig) -> Source:
     part: Split = "train" if data.dev_fraction is not None else split
     if spec == "mix":
         assert data.mix is not None
-        parts = [open_whole(each.source, split=part, data=data) for each in data.mix]
+        parts = [open_whole(each.source, split=part, data=data, labels=labels) for each in data.mix]
         source: Source = MixSource(parts, weights=[each.weight for each in data.mix], classes=data.mix_classes)
     else:
-        source = open_whole(spec, split=part, data=data)
+        source = open_whole(spec, split=part, data=data, labels=labels)
     if part == "train" and data.examples is not None:
         source = take_subset(source, examples=data.examples, seed=data.subset_seed)
     if data.dev_fraction is not None:
@@ -143,7 +145,7 @@ def open_source(spec: str, *, split: Split, data: DataConfig) -> Source:
     return source
 
 
-def open_whole(spec: str, *, split: Split, data: DataConfig) -> Source:
+def open_whole(spec: str, *, split: Split, data: DataConfig, labels: bool) -> Source:
     """Open one split of a single set."""
     if spec == "shapes":
         from vitcli.data.shapes import ShapesSource
@@ -164,15 +166,16 @@ def open_whole(spec: str, *, split: Split, data: DataConfig) -> Source:
         return decoded(FileSource(found, name=spec), key=cache_key(found), split=split, data=data)
     kind, _, place = spec.partition(":")
     if kind == "folder" and place:
-        files = open_folder(Path(place), split=split, val_fraction=data.val_fraction)
+        classless = not labels and not has_class_folders(Path(place).expanduser())
+        files = (open_unlabelled if classless else open_folder)(Path(place), split=split, val_fraction=data.val_fraction)
         return decoded(FileSource(files, name=spec), key=cache_key(files), split=split, data=data)
     if kind == "shards" and place:
-        shards = open_shards(place, split=split, data=data, cache_dir=default_cache_dir())
+        shards = open_shards(place, split=split, data=data, cache_dir=default_cache_dir(), labels=labels)
         return shards if shards.remote else decoded(shards, key=shards.cache_key, split=split, data=data)
     if kind == "hf" and place:
         from vitcli.data.hub import open_hub
 
-        return open_hub(place, split=split, label_key=data.label_key, val_fraction=data.val_fraction)
+        return open_hub(place, split=split, label_key=data.label_key, val_fraction=data.val_fraction, need_labels=labels)
     names = ["shapes", "mosaic", "digits", *NAMED_SETS]
     close = difflib.get_close_matches(spec, names, n=1)
     if not close and Path(spec).is_dir():

@@ -101,7 +101,8 @@ def try_out(job: Job) -> Trial:
             losses.append(seen[0] / max(seen[2], 1.0) if outcome.gradient_norm.isfinite() else math.nan)
 
         images = torch.randint(0, 256, (at_once, 3, *config.data.image_size), dtype=torch.uint8)
-        ready = [{"images": images, "labels": torch.arange(at_once) % job.plan.num_classes}]
+        numbers = torch.arange(at_once)
+        ready = [{"images": images, "labels": numbers % max(1, job.plan.num_classes), "indices": numbers}]
         loaded = loader_batch(job, at_once)
         loader = loader_speed(job, images=loaded)
         with closing(batches(job, at_once)) as stream:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.models.attention import Mlp, reset_mlp
-from vitcli.models.initial import lecun_normal_
+from vitcli.models.initial import build_head, lecun_normal_
 from vitcli.models.permutation import PatchPermutation, as_seen
 
 __all__ = ["PixelMlp"]
@@ -76,7 +76,7 @@ class PixelMlp(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=layer_norm_eps)
-        self.head = nn.Linear(width, num_classes)
+        self.head = build_head(width, num_classes)
         self.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -104,12 +104,13 @@ class PixelMlp(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights as the Transformer's: of its patch embedding, and of its MLP blocks."""
-        if self.head.weight.is_meta:  # nothing to fill; torch would import its compiler for a random number there
+        if self.stem.weight.is_meta:  # nothing to fill; torch would import its compiler for a random number there
             return
         lecun_normal_(self.stem.weight)
         nn.init.zeros_(self.stem.bias)
         for module in self.blocks.modules():
             if isinstance(module, Mlp):
                 reset_mlp(module)
-        nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, self.head_bias)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, self.head_bias)

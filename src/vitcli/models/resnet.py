@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcli.models.initial import lecun_normal_
+from vitcli.models.initial import build_head, lecun_normal_
 from vitcli.models.permutation import PatchPermutation, as_seen
 
 __all__ = ["ResNet", "ResNetStem", "standardise"]
@@ -386,7 +386,7 @@ class ResNet(nn.Module):
             spatial_units=spatial_units,
         )
         self.norm = norm(channels)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = build_head(channels, num_classes)
         self.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -412,11 +412,12 @@ class ResNet(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights as big_vision's bit_paper.py."""
-        if self.head.weight.is_meta:  # nothing to fill; torch would import its compiler for a random number there
+        if next(self.parameters()).is_meta:  # nothing to fill; torch would import its compiler for a random number there
             return
         reset_layers(self)
-        nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, self.head_bias)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, self.head_bias)
 
 
 def build_norm(width: int, *, groups: int, eps: float) -> Norm:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitcli.model_config import kept_patches
 from vitcli.models.attention import Attention, AttentionPool, AxialAttention, Mlp, reset_mlp
-from vitcli.models.initial import lecun_normal_
+from vitcli.models.initial import build_head, lecun_normal_
 from vitcli.models.permutation import PatchPermutation, as_seen
 from vitcli.models.positions import learned2d_positions, sincos2d_positions
 
@@ -171,9 +171,11 @@ class VisionTransformer(nn.Module):
         head_bias: initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss.
         backbone: a ResNet whose feature map is cut into patches, instead of the image (section 3.1, hybrids).
         patch_permutation: side of the squares that images are cut into and shown in another order, px; None as they are.
+        num_classes: K; 0 for a model without a head, whose outputs are its features.
 
     Attributes:
         grid_size: (rows, columns) of patches.
+        objective: what it learns to predict of patches that it is not shown, where it learns without labels (`objectives`).
         num_prefix_tokens: T, tokens with a place before the patches' in `pos_embed`: 1 with a class token, else 0.
         num_registers: S.
         random: whether training draws random numbers.
@@ -279,11 +281,16 @@ class VisionTransformer(nn.Module):
                 width=width, mlp_dim=mlp_dim, num_heads=num_heads, gelu=gelu, layer_norm_eps=layer_norm_eps
             )
         self.pre_logits = nn.Linear(width, representation_size) if representation_size else None
-        self.head = nn.Linear(representation_size or width, num_classes)
+        self.head = build_head(representation_size or width, num_classes)
+        self.objective: nn.Module | None = None
         self.reset_parameters()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, K) for images (B, 3, H, W) in [-1, 1]."""
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Return logits (B, K) for images (B, 3, H, W) in [-1, 1]; with masks (B, P) what `objective` makes of the images."""
+        if masks is not None:
+            assert self.objective is not None
+            judged: Tensor = self.objective(self, images, masks)
+            return judged
         logits: Tensor = self.head(self.features(images))
         return logits
 
@@ -293,24 +300,42 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: the images are not of the size the model was built for.
         """
-        x = self.patch_embed(as_seen(images, image_size=self.image_size, permutation=self.permutation))  # (B, P, D)
+        # Eq. 4 reads one token, and nobody what the last block makes of the others: in training that is 10/12 of its products.
+        # With dropout at work they stay, for the sake of the random masks.
+        one_read = self.cls_token is not None and not (self.training and self.masks_tokens)
+        x = self.pooled(self.encoded(self.embedded(images), one_read=one_read))  # (B, D), Eq. 4
+        if self.pre_logits is not None:
+            x = torch.tanh(self.pre_logits(x))  # (B, R)
+        return x
+
+    def embedded(self, images: Tensor) -> Tensor:
+        """Return the patches' embeddings (B, P, D), without positions, for images (B, 3, H, W)."""
+        x: Tensor = self.patch_embed(as_seen(images, image_size=self.image_size, permutation=self.permutation))
+        return x
+
+    def encoded(self, x: Tensor, *, visible: Tensor | None = None, one_read: bool = False) -> Tensor:
+        """Return what the blocks make of patch embeddings (B, P, D) and the tokens before them, (B, N, D), not normed.
+
+        Args:
+            visible: (B, V) numbers of the patches to be seen, in this order; the others are left out. None for all, or in
+                training for those that `patch_dropout` leaves.
+            one_read: let the last block make the first token alone, (B, 1, D).
+        """
         before = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         x = torch.cat([*before, x], dim=1) if before else x  # (B, N, D)
         positions = self.positions()
         x = self.drop(x if positions[0] is None else x + positions[0])  # Eq. 1
-        kept = self.draw_tokens(x) if self.training and self.patch_dropout else None  # (B, N')
+        kept = None  # (B, N') numbers of the tokens that stay
+        if visible is not None:
+            kept = self.with_first_tokens(visible)
+        elif self.training and self.patch_dropout:
+            kept = self.draw_tokens(x)
         if kept is not None:
             x = torch.take_along_dim(x, kept[:, :, None], dim=1)  # (B, N', D)
-        # Eq. 4 reads one token, and nobody what the last block makes of the others: in training that is 10/12 of its products.
-        # With dropout at work they stay, for the sake of the random masks.
-        one_read = self.cls_token is not None and not (self.training and self.masks_tokens)
         for number, (block, position) in enumerate(zip(self.blocks, positions, strict=True)):
             if number and position is not None:
                 x = x + (position if kept is None else position[0][kept])
             x = block(x, one_read and number == len(self.blocks) - 1)  # Eq. 2 and 3
-        x = self.pooled(x)  # (B, D), Eq. 4
-        if self.pre_logits is not None:
-            x = torch.tanh(self.pre_logits(x))  # (B, R)
         return x
 
     def positions(self) -> list[Tensor | None]:
@@ -331,9 +356,14 @@ class VisionTransformer(nn.Module):
     def draw_tokens(self, x: Tensor) -> Tensor:
         """Draw which of the tokens (B, N, D) stay in this step, (B, N'): some patches, and all that come before them."""
         first = self.num_prefix_tokens + self.num_registers
-        patches = torch.rand(x.shape[0], x.shape[1] - first, device=x.device).argsort(dim=1) + first
-        before = torch.arange(first, device=x.device).expand(x.shape[0], -1)
-        return torch.cat([before, patches[:, : kept_patches(patches.shape[1], self.patch_dropout)]], dim=1)
+        patches = torch.rand(x.shape[0], x.shape[1] - first, device=x.device).argsort(dim=1)
+        return self.with_first_tokens(patches[:, : kept_patches(patches.shape[1], self.patch_dropout)])
+
+    def with_first_tokens(self, patches: Tensor) -> Tensor:
+        """Turn numbers of patches (B, V) into numbers of tokens (B, T + S + V), those before all patches included."""
+        first = self.num_prefix_tokens + self.num_registers
+        before = torch.arange(first, device=patches.device).expand(patches.shape[0], -1)
+        return torch.cat([before, patches + first], dim=1)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Return the image's representation (B, D) from its tokens (B, N, D), normed: class token, mean or MAP."""
@@ -351,7 +381,7 @@ class VisionTransformer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights as the authors' code does (google-research/vision_transformer, models_vit.py)."""
-        if self.head.weight.is_meta:  # nothing to fill; torch would import its compiler for a random number there
+        if self.patch_embed.proj.weight.is_meta:  # nothing to fill; torch would import its compiler for a random number there
             return
         if self.patch_embed.backbone is not None:
             self.patch_embed.backbone.reset_parameters()
@@ -384,8 +414,9 @@ class VisionTransformer(nn.Module):
         if self.pre_logits is not None:
             lecun_normal_(self.pre_logits.weight)
             nn.init.zeros_(self.pre_logits.bias)
-        nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, self.head_bias)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, self.head_bias)
 
 
 def reset_dense(dense: nn.Linear, *, parts: int = 1) -> None:

@@ -68,11 +68,13 @@ def metrics(record: RunRecord, answers: Answers | None) -> list[dict[str, str]]:
     if answers is None:
         row = record.summary or record.last_eval() or {}
         known = "correct" in row and row.get("examples")
-        for key, name in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss")):
+        for key, name in (("top1", "top-1"), ("top5", "top-5"), ("accuracy", "colours"), ("loss", "loss")):
             if isinstance(row.get(key), int | float):
                 hits = row.get({"top1": "correct", "top5": "correct_top5"}.get(key, ""))
                 interval = share_interval_of(hits, row["examples"]) if known and hits is not None else None
-                add(name, percent(row[key]) if key != "loss" else f"{row[key]:.4f}", interval, MEANINGS[name])
+                labels = record.config.objective.needs_labels or key != "loss"
+                meaning = MEANINGS[name if labels else "loss without labels"]
+                add(name, percent(row[key]) if key != "loss" else f"{row[key]:.4f}", interval, meaning)
         return rows
     predictions, found = answers.predictions, answers.found
     guesses = predictions.top_classes.shape[1]
@@ -91,7 +93,9 @@ def metrics(record: RunRecord, answers: Answers | None) -> list[dict[str, str]]:
 MEANINGS = {
     "top-1": "the first guess is right",
     "top-5": "the label is among the first five guesses",
+    "colours": "share of hidden patches whose colour is right",
     "loss": "nats per image",
+    "loss without labels": "of what is predicted of hidden patches, with the same patches hidden at every evaluation",
     "macro F1": "harmonic mean of precision and recall, averaged over classes",
     "ECE": "expected calibration error: how far confidence and accuracy lie apart",
 }

@@ -104,14 +104,15 @@ def tiles(record: RunRecord, answers: Answers | None, *, num_classes: int | None
 def curves(record: RunRecord) -> list[dict[str, Any]]:
     """Return the figures of what was logged: title and SVG."""
     train, evals = "training", "evaluation"
+    right = "top-1" if record.config.objective.needs_labels else "colours"
     panels = [
         ("Loss", Panel({train: record.curve("train", "loss"), evals: record.curve("eval", "loss")}, "step", "loss")),
         (
             "Accuracy",
             Panel(
                 {
-                    f"{train} top-1": record.curve("train", "accuracy"),
-                    f"{evals} top-1": record.curve("eval", "top1"),
+                    f"{train} {right}": record.curve("train", "accuracy"),
+                    f"{evals} {right}": record.curve("eval", "top1") or record.curve("eval", "accuracy"),
                     f"{evals} top-5": record.curve("eval", "top5"),
                 },
                 "step",

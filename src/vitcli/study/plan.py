@@ -15,7 +15,8 @@ import torch
 from vitcli.config import Config
 from vitcli.config_file import Layers, dump_config
 from vitcli.device import choose_device
-from vitcli.models.flops import count_parameters, forward_flops, training_flops
+from vitcli.models.flops import count_parameters
+from vitcli.objectives import flops_per_image
 from vitcli.rundir import write_text
 from vitcli.study.cells import PLAIN, UPSTREAM, Cell, label
 from vitcli.study.config import StudyConfig, nearest_size, points_of
@@ -129,7 +130,8 @@ class Study:
         place = Path(group.variant) / group.family / f"n{group.examples:09d}"
         folder = self.out / ("cells" if trial is None else "search") / place / (f"s{seed}" if trial is None else f"p{trial}")
         readings = tuple(config.log.readings)
-        sizes: dict[str, Any] = {"image_size": config.data.image_size, "num_classes": self.upstreams[group.variant].num_classes}
+        num_classes = self.upstreams[group.variant].num_classes
+        forward, training = flops_per_image(config, num_classes=num_classes)
         return Cell(
             *group,
             seed=seed,
@@ -140,9 +142,9 @@ class Study:
             steps=steps,
             batch_size=config.train.batch_size,
             readings=readings,
-            parameters=count_parameters(config.model, **sizes),
-            forward_flops=forward_flops(config.model, **sizes),
-            training_flops=training_flops(config.model, **sizes),
+            parameters=count_parameters(config.model, image_size=config.data.image_size, num_classes=num_classes),
+            forward_flops=forward,
+            training_flops=training,
         )
 
     def resolved(self, group: Group, *, point: Mapping[str, Any], trial: bool) -> tuple[Config, int]:

@@ -96,7 +96,23 @@ def run_settings(
     layers.add(own, {}, str(path))
     config = validate_run(layers)
     check_config(config, layers)
+    refuse_without_labels(config, layers, study, trial=trial)
     return config, layers
+
+
+def refuse_without_labels(config: Config, layers: Layers, study: StudyConfig, *, trial: bool) -> None:
+    """Raise ConfigError where a run that learns without labels is asked for what only a classifier can tell."""
+    asked = {
+        "search": trial,
+        "length.early_stop_evals": study.length is not None and study.length.early_stop_evals is not None,
+        "translate_px": bool(study.translate_px),
+    }
+    key = next((key for key, is_asked in asked.items() if is_asked), None)
+    if key is not None and not config.objective.needs_labels:
+        raise ConfigError(
+            f"{layers.where('objective.name')}: objective.name is {config.objective.name}, but {key} goes by the accuracy of a "
+            "classifier, which is not there before a fine-tuning; drop one"
+        )
 
 
 def settle(config: Config, layers: Layers, group: Group, upstream: Upstream, *, device: torch.device) -> tuple[Config, int]:
@@ -125,7 +141,7 @@ def settle(config: Config, layers: Layers, group: Group, upstream: Upstream, *, 
     log = config.log
     if log.eval_every_steps is None and config.train.early_stop_evals is None:
         log = log.model_copy(update={"eval_every_steps": steps})  # a curve that nobody reads would be paid for in every cell
-    return config.model_copy(update={"model": found.model, "log": log}), steps
+    return config.model_copy(update={"model": found.model, "objective": found.objective, "log": log}), steps
 
 
 # ---------------------------------------------------------------- stages

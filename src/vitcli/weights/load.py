@@ -153,13 +153,20 @@ def load_weights(
     """
     own = model.state_dict()
     source = dict(state)
-    dropped: list[str] = []
-    allowed_new: set[str] = set()
+    # what learned without labels hung on it: of use only to a run that goes on with the same
+    left = {name for name in source if is_layer(name, "objective")}
+    mine = {name: tensor for name, tensor in own.items() if is_layer(name, "objective")}
+    same = left == mine.keys() and all(source[name].shape == tensor.shape for name, tensor in mine.items())
+    dropped = [] if same else sorted(left)
+    for name in dropped:
+        del source[name]
+    allowed_new = set() if same else set(mine)
     if reset_head:
-        dropped = [name for name in source if is_layer(name, "head") or (is_layer(name, "pre_logits") and name not in own)]
-        allowed_new = {name for name in own if is_layer(name, "head") or (is_layer(name, "pre_logits") and name not in source)}
-        for name in dropped:
+        without_head = [name for name in source if is_layer(name, "head") or (is_layer(name, "pre_logits") and name not in own)]
+        allowed_new |= {name for name in own if is_layer(name, "head") or (is_layer(name, "pre_logits") and name not in source)}
+        for name in without_head:
             del source[name]
+        dropped = [*without_head, *dropped]
 
     missing = [name for name in own if name not in source and name not in allowed_new]
     extra = [name for name in source if name not in own]

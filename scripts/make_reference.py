@@ -29,7 +29,7 @@ from vitcli.study.config import StudyConfig
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 WIDTH = 120  # characters of a line; Markdown joins them again
-NOTE = "<!-- written by scripts/make_reference.py: change the help text or the schema, then run it again -->"
+NOTE = "<!-- written by `make reference`: change the help text or the schema, then run it again -->"
 PLACEHOLDERS = {int: "N", float: "X", Path: "PATH"}  # what stands for a value
 
 
@@ -285,9 +285,8 @@ def stale(folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is stale")
-    arguments = parser.parse_args()
     old = stale(FOLDER)
-    if arguments.check:
+    if parser.parse_args().check:
         if old:
             sys.exit(f"docs/reference: {', '.join(old)} is not what the code says; run: python scripts/make_reference.py")
         return

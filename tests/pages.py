@@ -3,7 +3,7 @@
 import re
 import shlex
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,15 @@ def vit_commands(page: Page) -> list[list[str]]:
     return [words for words in found if words is not None]
 
 
+@cache
+def root_command() -> Any:
+    """Return the command line, built once: that takes as long as many parses."""
+    return typer.main.get_command(app)
+
+
 def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
     """Parse `vit` words down to the command that would run, and run nothing; raise what the command line would print."""
-    command: Any = typer.main.get_command(app)
+    command = root_command()
     name, context = "vit", None
     while hasattr(command, "commands"):
         if words in (["--version"], ["--help"]) or words[:1] in (["--install-completion"], ["--show-completion"]):
@@ -150,7 +156,7 @@ def known_options() -> set[str]:
         found = {form for parameter in command.params for form in (*parameter.opts, *parameter.secondary_opts)}
         return found.union(*(below(each) for each in getattr(command, "commands", {}).values()))
 
-    return {form for form in below(typer.main.get_command(app)) if form.startswith("--")} | {"--help"}
+    return {form for form in below(root_command()) if form.startswith("--")} | {"--help"}
 
 
 def setting_of(code: str) -> tuple[str, str | None] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from tests.harness import vit
 from tests.pages import KEYS, ROOT, SETTING, Page, commands_in, known_options, parse, read_pages, setting_of, vit_commands
 from vitcli.config_file import Layers, compose, flatten, load_config, validate
 from vitcli.errors import ConfigError
@@ -250,6 +251,22 @@ def test_a_wrong_page_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for complaint in [*COMPLAINTS, "characters"]:
         assert any(complaint in problem for problem in found), f"{complaint}: not noticed in\n" + "\n".join(found)
     assert len(found) == len(COMPLAINTS) + 1, "\n".join(found)
+
+
+@pytest.mark.slow
+def test_the_first_run_runs(tmp_path: Path) -> None:
+    """Every command of the tutorial, in its order, on a few images."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    page = next(page for page in PAGES if page.path.name == "first-run.md")
+    short = {
+        "pretrain": ["train.examples=256", "data.shapes.val_examples=100"],
+        "finetune": ["train.steps=4", "log.sample_images=0"],
+        "inspect": ["--examples", "8"],
+    }
+    for words in vit_commands(page):
+        result = vit(*words, *short.get(words[0], []), cwd=tmp_path)
+        assert result.returncode == 0, f"vit {' '.join(words)}: {result.stderr}"
+    assert (tmp_path / "runs" / "jft-like-digits" / "report.html").is_file()
 
 
 def test_every_page_is_in_the_index() -> None:

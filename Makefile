@@ -13,7 +13,7 @@ READY     := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-slow lint typecheck bench ablations ci clean
+.PHONY: help install install-dev demo test test-slow lint typecheck reference bench ablations ci clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ lint: $(READY_DEV)  ## style and formatting
 typecheck: $(READY_DEV)  ## static types
 	@echo "== typecheck"
 	@$(BIN)/mypy
+
+reference: $(READY)  ## docs/reference/ from the command line and the schema
+	@$(BIN)/python scripts/make_reference.py
 
 bench: $(READY)  ## images per second: corpus, training step, forward pass
 	@$(BIN)/python scripts/bench_corpus.py

@@ -1,10 +1,10 @@
 """What does pretraining ViT-H/14 on JFT-300M take on 8, 64 and 512 GPUs? On paper, from formulas and public hardware figures.
 
-    python scripts/scale_plan.py                    # the tables of docs/scale-out.md
+    python scripts/scale_plan.py                    # the tables of docs/explanation/vit-h14-on-paper.md
     python scripts/scale_plan.py --model e/14 --gpus 64 256 --batch-size 8192 --checkpointing
     python scripts/scale_plan.py --json plan.json   # every number behind them
 
-Each function below is one formula; docs/scale-out.md says what they leave out. Bytes and seconds are per GPU, FLOPs count a
+Each function below is one formula; that page says what they leave out. Bytes and seconds are per GPU, FLOPs count a
 multiply-add twice. GB is 10^9 bytes. Nothing here was measured by us; SOURCES says who measured what.
 """
 

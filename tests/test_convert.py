@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness import Result, vit
-from tests.test_readme import parse, vit_words
 from vitcli.checkpoint import save_weights_file
 from vitcli.cli import WhichLayout
 from vitcli.errors import CheckpointError, ConfigError, Interrupted
@@ -421,14 +419,6 @@ def test_an_ending_that_does_not_say_it_lists_the_choices(name: str, to: Target 
 
 def test_the_command_line_knows_every_layout() -> None:
     assert {layout.value for layout in WhichLayout} == set(get_args(Target)) == set(ENDINGS)
-
-
-def test_the_commands_of_the_page_on_weights_parse(root: Path) -> None:
-    blocks = re.findall(r"(?ms)^```sh\n(.*?)^```", (root / "docs" / "weights.md").read_text(encoding="utf-8"))
-    lines = [line for block in blocks for line in block.splitlines()]
-    assert len(lines) >= 5
-    for line in lines:
-        parse(vit_words(line) or [])
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from tests.harness import Result, vit
-from tests.test_readme import parse, vit_words
 from vitcli.checkpoint import save_weights_file
 from vitcli.inspection import attention as attending
 from vitcli.inspection import command
@@ -236,16 +235,3 @@ def test_heat_lies_where_it_is_most() -> None:
     assert found[70, 110].sum() > found[10, 10].sum() + 100
     flat = heat_over(picture, np.ones((2, 3)))
     assert (flat == flat[0, 0]).all()
-
-
-# ---------------------------------------------------------------- the documentation
-
-
-def test_the_commands_of_the_documentation_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    text = (ROOT / "docs" / "inspect.md").read_text()
-    lines = [line for block in re.findall(r"(?ms)^```sh\n(.*?)^```", text) for line in block.splitlines()]
-    asked = [words for line in lines if (words := vit_words(line)) is not None]
-    assert len(asked) >= 4
-    for words in asked:
-        assert parse(words)[0] == "inspect"

@@ -1,94 +1,47 @@
-"""The README tells the truth: its commands parse, its settings and files exist, its code tree is the code."""
+"""The README is short and tells the truth: its code tree is the code. What every page is tested for is in test_docs.py."""
 
 import re
-import shlex
-from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
 
-from vitcli.cli import app
-from vitcli.config_file import setting_keys
+from tests.pages import ROOT, Page, commands_in, parse, vit_commands, vit_words
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+README = Page(ROOT / "README.md", (ROOT / "README.md").read_text(encoding="utf-8"))
+MOST_LINES = 80  # before the code tree: a screenful, and a map
 
 
-def shell_lines() -> list[str]:
-    """Return the commands in the README's shell blocks, continued lines joined, prompts removed."""
-    blocks = re.findall(r"(?ms)^```(?:sh|bash|console)\n(.*?)^```", README)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip().removeprefix("$ ") for line in lines if line.strip() and not line.lstrip().startswith("#")]
+def test_it_shows_the_commands() -> None:
+    shown = {parse(words)[0] for words in vit_commands(README)}
+    assert {"pretrain", "finetune", "eval", "predict", "preview"} <= shown
 
 
-def vit_words(line: str) -> list[str] | None:
-    """Return the words after `vit` if the line is such a command; what the shell redirects is the shell's."""
-    words = shlex.split(line, comments=True)
-    words = next((words[:i] for i, word in enumerate(words) if word in (">", "|", "&&")), words)
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words = words[1:]
-    return words[1:] if words and Path(words[0]).name == "vit" else None
+def test_it_is_short() -> None:
+    assert README.text.partition("## The code")[0].count("\n") <= MOST_LINES
 
 
-COMMANDS = [line for line in shell_lines() if vit_words(line) is not None]
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("vit eval --ckpt runs/a", [["eval", "--ckpt", "runs/a"]]),
+        ("VIT_DATA=/data .venv/bin/vit schema | grep lr", [["schema"], None]),
+        ("torchrun --nnodes 2 -m vitcli eval --json && tensorboard --logdir runs", [["eval", "--json"], None]),
+        ("scripts/launch_nodes.sh --dry-run a,b pretrain --config x.yaml", [["pretrain", "--config", "x.yaml"]]),
+        ("sbatch -N 2 scripts/launch_slurm.sh pretrain 'data.source=a b'", [["pretrain", "data.source=a b"]]),
+        ("make demo  # vit", [None]),
+    ],
+)
+def test_commands_are_found(line: str, expected: list[list[str] | None]) -> None:
+    assert [vit_words(words) for words in commands_in(line)] == expected
 
 
-def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
-    """Parse `vit` words down to the command that would run, and run nothing; raise what the command line would print."""
-    command: Any = typer.main.get_command(app)
-    name, context = "vit", None
-    while hasattr(command, "commands"):
-        if words in (["--version"], ["--help"]) or words[:1] in (["--install-completion"], ["--show-completion"]):
-            return name, {}
-        context = command.make_context(name, list(words), parent=context)
-        rest = [*getattr(context, "_protected_args", []), *context.args]
-        name, command, words = command.resolve_command(context, rest)
-    if "--help" in words:
-        return name, {}
-    return name, command.make_context(name, list(words), parent=context).params
-
-
-def test_the_readme_shows_the_commands() -> None:
-    shown = {parse(vit_words(line) or [])[0] for line in COMMANDS}
-    assert {"pretrain", "finetune", "eval", "preview", "schema"} <= shown
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    parse(vit_words(line) or [])
-
-
-@pytest.mark.parametrize("line", ["vit pretrain --confg x.yaml", "vit finetune --dataset", "vit evaluate", "vit data preview"])
+@pytest.mark.parametrize("line", ["pretrain --confg x.yaml", "finetune --dataset", "evaluate", "data preview"])
 def test_a_wrong_command_does_not_parse(line: str) -> None:
     with pytest.raises(Exception, match=r"(?i)no such option|requires an argument|no such command|missing"):
-        parse(vit_words(line) or [])
-
-
-@pytest.mark.parametrize("line", COMMANDS)
-def test_settings_and_files_exist(line: str) -> None:
-    words = vit_words(line) or []
-    for word in words:
-        if key := re.match(r"([a-z_]+(?:\.[a-z_]+)*)=", word):
-            assert key[1] in setting_keys(), f"{word}: not a setting"
-        if word.startswith("configs/"):
-            assert (ROOT / word).is_file(), f"{word}: no such file"
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", "\n".join(shell_lines())))))
-def test_make_target_exists(target: str) -> None:
-    assert re.search(rf"(?m)^{target}:", MAKEFILE)
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
-def test_link_leads_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+        parse(line.split())
 
 
 def test_the_code_tree_is_the_code() -> None:
-    tree = re.search(r"(?ms)^src/vitcli/\n(.*?)^```", README)
+    tree = re.search(r"(?ms)^src/vitcli/\n(.*?)^```", README.text)
     assert tree, "the README has no code tree"
     shown: list[str] = []
     folder = ""

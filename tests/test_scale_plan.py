@@ -224,7 +224,7 @@ def test_every_rate_has_its_source() -> None:
 
 
 def test_the_page_shows_what_the_script_prints() -> None:
-    page = (ROOT / "docs" / "scale-out.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "vit-h14-on-paper.md").read_text(encoding="utf-8")
     shown = page.partition("<!-- scale plan: begin -->\n")[2].partition("<!-- scale plan: end -->")[0].strip()
     lines, rows = plan.report(H14, gpus=[8, 64, 512], batch_size=plan.BATCH_SIZE)
     assert shown == "\n".join(lines)

@@ -54,15 +54,15 @@ def wrong_command(words: list[str]) -> Iterator[str]:
         yield f"{line}: {getattr(error, 'message', error)}"
         return
     settings = [word for word in parameters.get("overrides") or parameters.get("words") or [] if SETTING.fullmatch(word)]
-    config = parameters.get("config")
-    shipped = config is not None and (ROOT / config).is_file()
+    config: Path | None = parameters.get("config")
+    shipped = ROOT / config if config is not None and (ROOT / config).is_file() else None
     if config is not None and config.parts[0] == "configs" and not shipped:
         yield f"{line}: there is no {config}"
     try:
         if name == "study":
-            check_study_words(ROOT / config if shipped else None, settings)
+            check_study_words(shipped, settings)
         elif shipped and name in ("pretrain", "doctor"):
-            load_config(ROOT / config, settings)
+            load_config(shipped, settings)
         else:
             check_settings(settings)
     except ConfigError as error:

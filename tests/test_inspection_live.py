@@ -13,7 +13,8 @@ from vitcli.checkpoint import load_checkpoint
 from vitcli.config_file import load_config
 from vitcli.data.sources import open_source
 from vitcli.inspection import live
-from vitcli.inspection.gallery import of_attention, of_weights
+from vitcli.inspection.gallery import gallery, of_attention, of_weights
+from vitcli.inspection.page import Picture
 from vitcli.inspection.words import Inspection
 from vitcli.train import pretrain
 
@@ -77,8 +78,12 @@ def test_figures_are_those_of_the_weights_given_and_cost_no_random_number(
     run = train(tmp_path, out="run")
     looked: list[Inspection] = []
     monkeypatch.setattr(live, "IMAGES", 6)
-    draw = live.gallery
-    monkeypatch.setattr(live, "gallery", lambda found: looked.append(found) or draw(found))
+
+    def draw(found: Inspection) -> list[Picture]:
+        looked.append(found)
+        return gallery(found)
+
+    monkeypatch.setattr(live, "gallery", draw)
     config = load_config(run / "config.yaml")
     saved = load_checkpoint(run / "checkpoints" / "step_00000006")
     assert saved.ema_state is not None

@@ -131,7 +131,7 @@ def test_only_corrupted_patches_are_asked_for(target: str) -> None:
     """A frozen encoder and one changed pixel: the loss changes where that patch is to be predicted, and else does not."""
     config = settled("masked_patch", target=target)
     model, images, masks = learner(config), images_of(config, 1), masks_for(config, 1)
-    model.embedded = lambda shown: torch.zeros(1, 24, 32)  # type: ignore[method-assign]  # so that nothing is seen of them
+    model.embedded = lambda images: torch.zeros(1, 24, 32)  # type: ignore[method-assign]  # so that nothing is seen of them
     before = model(images, masks)[0, 0]
     for patch in range(24):
         changed = images.clone()

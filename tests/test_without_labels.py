@@ -70,9 +70,9 @@ def test_a_run_is_logged_evaluated_probed_and_summed_up(whole: Path) -> None:
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vitcli.fit as fit
+    from vitcli import fit, step
 
-    original, steps = fit.train_step, 0
+    original, steps = step.train_step, 0
 
     def interrupted(*given: object, **how: object) -> object:
         nonlocal steps

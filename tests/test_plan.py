@@ -84,6 +84,13 @@ def test_precision_follows_the_wish_and_auto_is_one_of_two() -> None:
     assert available is None or available > 1e8
 
 
+def test_float32_is_float32_in_convolutions_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "tf32")
+    assert choose_device("cpu") == CPU and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    assert choose_device("auto").type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "ieee"
+
+
 def recipe(dataset: str, *, side: int = 32, num_examples: int = 50_000, speed: float = 1e13, width: int = 96) -> Any:
     return finetune_recipe(
         dataset,

@@ -34,6 +34,11 @@ class Page:
         """Return where it is, from the repository's root."""
         return str(self.path.relative_to(ROOT)) if self.path.is_relative_to(ROOT) else self.path.name
 
+    @property
+    def made(self) -> bool:
+        """Tell whether a command wrote it: `study.md` in a folder below docs/results."""
+        return self.name.startswith("docs/results/") and self.name.endswith("/study.md")
+
     @cached_property
     def blocks(self) -> list[tuple[str, str]]:
         """Return (language, code) of each fenced block; a block may be indented, as in a list."""

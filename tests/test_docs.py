@@ -91,7 +91,7 @@ def test_the_first_run_runs(tmp_path: Path) -> None:
 def test_every_page_is_in_the_index() -> None:
     index = next(page for page in PAGES if page.name == "docs/README.md")
     linked = {(index.path.parent / target.partition("#")[0]).resolve() for _, target in index.links}
-    assert {page.path for page in PAGES} - linked - {index.path, ROOT / "README.md"} == set()
+    assert {page.path for page in PAGES if not page.made} - linked - {index.path, ROOT / "README.md"} == set()
 
 
 def test_every_command_is_shown_somewhere() -> None:

@@ -86,9 +86,14 @@ def test_precision_follows_the_wish_and_auto_is_one_of_two() -> None:
 
 def test_float32_is_float32_in_convolutions_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "tf32")
-    assert choose_device("cpu") == CPU and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    assert choose_device("auto").type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "ieee"
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    try:
+        cudnn.conv.fp32_precision = "tf32"
+        assert choose_device("cpu") == CPU and cudnn.conv.fp32_precision == "tf32"
+        assert choose_device("auto").type == "cuda" and cudnn.conv.fp32_precision == "ieee"
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def recipe(dataset: str, *, side: int = 32, num_examples: int = 50_000, speed: float = 1e13, width: int = 96) -> Any:

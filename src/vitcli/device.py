@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,8 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cuda":
         # By default torch rounds what convolutions read to TF32, and what matrix products read not: a ResNet and a Transformer
         # in "float32" would be compared in two precisions. Who wants speed takes bf16.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        cudnn: Any = torch.backends.cudnn  # which the stubs know less of
+        cudnn.conv.fp32_precision = "ieee"
     return torch.device(wanted)
 
 

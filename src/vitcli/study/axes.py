@@ -66,8 +66,14 @@ def round_ticks(low: float, high: float) -> list[float]:
         found = [tick for tick in found if low * 0.999 <= tick <= high * 1.001]
         if len(found) <= 7:
             break
-    every = math.ceil(len(found) / 7)
-    return found[::every]
+    if len(found) < 2:  # a narrow range between round numbers
+        return evenly(low, high)
+    return found[:: math.ceil(len(found) / 7)]
+
+
+def evenly(low: float, high: float) -> list[float]:
+    """Return at most 6 round numbers of [low, high] in equal steps."""
+    return [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
 
 def chosen_ticks(values: Sequence[float], low: float, high: float, *, nearest: float) -> list[float]:
@@ -132,7 +138,7 @@ def log_error(axes: Axes, errors: Sequence[float]) -> None:
     axes.set_ylim(low, high)
     ticks = round_ticks(low, high)
     if len(ticks) < 3:
-        ticks = [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+        ticks = evenly(low, high)
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_major_formatter(FixedFormatter([f"{100 * tick:.3g} %" for tick in ticks]))
     axes.yaxis.set_minor_locator(NullLocator())

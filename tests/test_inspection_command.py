@@ -85,9 +85,13 @@ def files(folder: Path) -> set[str]:
     ("settings", "expected"),
     [
         ({**VIT, "registers": 1}, MEASURED | ATTENDED | {"positions.png"}),
-        ({**VIT, "pool": "gap", "attention": "axial", "pos_embed": "sincos2d"}, MEASURED | ATTENDED | {"positions.png"}),
-        ({**VIT, "pool": "map", "pos_embed": "relative"}, MEASURED | ATTENDED),
-        (HYBRID, MEASURED | ATTENDED | {"positions.png"}),
+        pytest.param(
+            {**VIT, "pool": "gap", "attention": "axial", "pos_embed": "sincos2d"},
+            MEASURED | ATTENDED | {"positions.png"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({**VIT, "pool": "map", "pos_embed": "relative"}, MEASURED | ATTENDED, marks=pytest.mark.slow),
+        pytest.param(HYBRID, MEASURED | ATTENDED | {"positions.png"}, marks=pytest.mark.slow),
         (RESNET, MEASURED),
         (MLP, {"filters.png", "alike.png"}),
     ],

@@ -79,12 +79,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_killed_at_random_points_and_resumed_with_other_worker_counts(uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers_of", [(2,), pytest.param((0, 2, 3), marks=pytest.mark.slow)], ids=["once", "three-times"])
+def test_killed_at_random_points_and_resumed_with_other_worker_counts(
+    uninterrupted: Path, tmp_path: Path, workers_of: tuple[int, ...]
+) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(CONFIG)
     chance = random.Random(20261122)
-    points = sorted(chance.sample(range(2, STEPS - 2), 3))  # test_faults.py has many more
-    for point, workers in zip(points, (0, 2, 3), strict=True):
+    points = sorted(chance.sample(range(2, STEPS - 2), len(workers_of)))  # test_faults.py has many more
+    for point, workers in zip(points, workers_of, strict=True):
         process = start(config, out, f"data.workers={workers}")
         wait_for(process, out, point)
         time.sleep(chance.random() * 0.02)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of docs/results/ablations.md, from nothing: about an hour on 2 CPU cores. Started again, it goes on.
+# The tables of docs/results/ablations.md, from nothing; `vit study --dry-run` says how long. Started again, it goes on.
 #   scripts/ablations.sh [OUT] [JOBS]
 set -euo pipefail
 out=${1:-runs/ablations} jobs=${2:-2}

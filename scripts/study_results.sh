@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The studies of docs/results/scale-vs-inductive-bias.md, from nothing: about 4 hours on 2 CPU cores. Started again, it goes on.
+# The studies of docs/results/scale-vs-inductive-bias.md, from nothing, with every seed; hours on 2 CPU cores. Started again, it goes on.
 #   scripts/study_results.sh DATA OUT    DATA holds cifar10/ and tiny-imagenet-100/ (tar shards)
 # OUT/study-*/ then hold what docs/results/study-*/ shows: study.md, results.csv and figures/. --jobs 2 is for 2 cores.
 set -euo pipefail

@@ -202,7 +202,8 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, P, D) to (B, D)."""
         q, k, v = self.heads(x)
-        y = self.proj(attend(q, k, v, dropout=0.0).reshape(len(x), -1))  # one query: (A, 1, D/A) lies as D
+        # one query, so (A, 1, D/A) lies as D; x.shape[0], since len(x) would fix the batch in an exported graph
+        y = self.proj(attend(q, k, v, dropout=0.0).reshape(x.shape[0], -1))
         output: Tensor = y + self.mlp(self.norm(y))
         return output
 

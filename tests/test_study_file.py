@@ -142,6 +142,14 @@ MISTAKES = [
         r":27: transfer has train\.stebs for digits, not a setting; .* train\.steps\?",
     ),
     ("train.steps: 5", "seed: 5", r":27: transfer has seed for digits, which the study decides"),
+    ("train.steps: 5}", "}, families: {tall: {}}", r":27: transfer has a family tall for digits; expected one of wide, narrow"),
+    ("finetune: {train.steps: 5}", "families: {wide: {}}", r":27: transfer has families for digits, but no finetune; give"),
+    (
+        "train.steps: 5}",
+        "}, families: {wide: {optim.rl: 1}}",
+        r":27: transfer has optim\.rl for digits, not a setting; .* optim",
+    ),
+    ("train.steps: 5}", "}, families: {wide: {seed: 1}}", r":27: transfer has seed for digits, which the study decides"),
     ("translate_px", "  - {dataset: digits, shots: [1]}\ntranslate_px", r":27: transfer has digits twice"),
     (
         "translate_px",

@@ -39,6 +39,14 @@ GROWTH = [
     (["variants.rough.settings.augment.flip=true"], r"variants\.rough\.settings\.augment\.flip"),
     (["variants.soft={settings: {model: {dropout: 0.1}}, sizes: [20]}"], None),
     (["transfer=[{dataset: digits, shots: [1, 5], finetune: {train.steps: 5}}, {dataset: pets, finetune: {}}]"], None),
+    (["transfer=[{dataset: digits, shots: [1, 5], finetune: {train.steps: 5}, families: {wide: {optim.lr: 1}}}]"], "transfer"),
+    (
+        [
+            "transfer=[{dataset: digits, shots: [1, 5], finetune: {train.steps: 5}, families: {tall: {optim.lr: 1}}}]",
+            "families.tall={model: {depth: 2}}",
+        ],
+        None,
+    ),
     (["transfer=[{dataset: digits, shots: [1, 5]}]"], r"transfer \(other settings for digits"),
     (["transfer=[]"], r"transfer \(other settings for digits"),
     (

@@ -74,6 +74,9 @@ def test_commands_of_a_cell(tmp_path: Path) -> None:
     tuned = folder / "finetune-digits"
     words = ("finetune", "--ckpt", run, "--dataset", "digits", *root, "--out", str(tuned), "train.steps=5", "seed=1")
     assert (finetune.name, finetune.words, finetune.done) == ("finetune:digits", words, tuned / "summary.json")
+    own = ["transfer=[{dataset: digits, finetune: {train: {steps: 5}, optim: {lr: 1}}, families: {narrow: {optim.lr: 2}}}]"]
+    stages = [each.stages[1] for each in plan(tmp_path, PLAIN_GRID, own).finals({}) if each.seed == 1 and each.examples == 40]
+    assert {stage.words[-3:-1] for stage in stages} == {("train.steps=5", "optim.lr=1"), ("train.steps=5", "optim.lr=2")}
     assert translate.words == ("eval", "--ckpt", run, *root, "--translate", "1,2", "--json")
     assert translate.done == translate.output == folder / "translate-1-2.json"
 

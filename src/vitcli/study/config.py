@@ -91,6 +91,13 @@ class TransferConfig(Section):
     finetune: Settings | None = Field(
         None, description="settings of a fine-tuning on top of the data set's recipe, {} for the recipe alone; null for none"
     )
+    families: dict[str, Settings] = Field(
+        {}, description="settings of one family's fine-tuning on top of these, by its name, such as its learning rate"
+    )
+
+    def finetune_of(self, family: str) -> dict[str, Any]:
+        """Return the settings of a family's fine-tuning, by dotted key."""
+        return {**flatten(self.finetune or {}), **flatten(self.families.get(family, {}))}
 
 
 class StudyConfig(Section):

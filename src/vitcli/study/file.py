@@ -247,7 +247,12 @@ def check_transfer(config: StudyConfig, *, fail: Fail) -> None:
     for each in config.transfer:
         if not each.shots and each.finetune is None:
             fail("transfer", f"measures nothing on {each.dataset}; give shots, or finetune")
-        for key in flatten(each.finetune or {}):
+        for family in each.families:
+            if family not in config.families:
+                fail("transfer", f"has a family {family} for {each.dataset}; expected one of {', '.join(config.families)}")
+            if each.finetune is None:
+                fail("transfer", f"has families for {each.dataset}, but no finetune; give finetune, {{}} for the recipe alone")
+        for key in (key for family in config.families for key in each.finetune_of(family)):
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1, 0.6)
                 fail(

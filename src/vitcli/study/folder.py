@@ -1,7 +1,7 @@
 """Whether a study may go on in a folder: what lies there is kept, and may only grow."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,8 @@ def problem_of_growth(before: StudyConfig, now: StudyConfig) -> str | None:
     for key in ("families", "variants"):
         if gone := [name for name in old[key] if name not in new[key]]:
             return f"{key} ({gone[0]} is there, and not among {', '.join(new[key]) or 'none'} now)"
-    return (
-        problem_of_variants(before, now) or problem_of_transfer(old["transfer"], new["transfer"]) or problem_of_rest(old, new)
-    )
+    transfer = problem_of_transfer(old["transfer"], new["transfer"], families=before.families)
+    return problem_of_variants(before, now) or transfer or problem_of_rest(old, new)
 
 
 def problem_of_variants(before: StudyConfig, now: StudyConfig) -> str | None:
@@ -73,10 +72,15 @@ def problem_of_variants(before: StudyConfig, now: StudyConfig) -> str | None:
     return None
 
 
-def problem_of_transfer(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> str | None:
+def problem_of_transfer(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], *, families: Iterable[str]
+) -> str | None:
     now = {each["dataset"]: each for each in new}
     for each in old:
-        if now.get(each["dataset"]) != each:
+        same = now.get(each["dataset"])
+        if same is not None:  # settings of a family that has come since
+            same = {**same, "families": {name: tree for name, tree in same["families"].items() if name in families}}
+        if same != each:
             return f"transfer (other settings for {each['dataset']} than there)"
     known = {each["dataset"] for each in old}
     for each in new:

@@ -138,7 +138,7 @@ class Study:
             trial=trial is not None,
             point=dict(point),
             folder=folder,
-            stages=tuple(stages(self.config, config, folder, seed=seed, trial=trial is not None)),
+            stages=tuple(stages(self.config, config, folder, family=group.family, seed=seed, trial=trial is not None)),
             steps=steps,
             batch_size=config.train.batch_size,
             readings=readings,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitcli.config import Config
-from vitcli.config_file import Layers, check_config, flatten
+from vitcli.config_file import Layers, check_config
 from vitcli.config_file import validate as validate_run
 from vitcli.errors import ConfigError
 from vitcli.plan import resolve
@@ -147,7 +147,7 @@ def settle(config: Config, layers: Layers, group: Group, upstream: Upstream, *, 
 # ---------------------------------------------------------------- stages
 
 
-def stages(study: StudyConfig, config: Config, folder: Path, *, seed: int, trial: bool) -> Iterator[Stage]:
+def stages(study: StudyConfig, config: Config, folder: Path, *, family: str, seed: int, trial: bool) -> Iterator[Stage]:
     """Yield the commands of a cell, in order."""
     run = folder / "run"
     yield Stage("pretrain", ("pretrain", "--config", str(folder / SETTINGS), "--out", str(run)), done=run / "summary.json")
@@ -168,7 +168,7 @@ def stages(study: StudyConfig, config: Config, folder: Path, *, seed: int, trial
         for each in study.transfer:
             if each.finetune is not None:
                 place = folder / f"finetune-{short_name(each.dataset)}{suffix}"
-                settings = [f"{key}={json.dumps(value)}" for key, value in flatten(each.finetune).items()]
+                settings = [f"{key}={json.dumps(value)}" for key, value in each.finetune_of(family).items()]
                 words = ("finetune", "--ckpt", str(ckpt), "--dataset", each.dataset, *root, "--out", str(place), *settings)
                 yield Stage(f"finetune:{each.dataset}{mark}", (*words, f"seed={seed}"), done=place / "summary.json")
         if study.translate_px:

@@ -200,6 +200,7 @@ def test_sizes_are_named(tmp_path: Path) -> None:
         ({"step": "1"}, "step"),
         ({"classes": None}, "classes"),
         ({"layout": 99}, "layout 99"),
+        ({"layout": "9" * 10_000}, r"layout .{1,200}, this version"),
         ({"files": []}, "files"),
         ({"files": {"../../secret": {"bytes": 1, "sha256": ""}}}, "files"),
         ({"files": {"model.safetensors": {}, "optimizer.pt": {}}}, "size and SHA-256"),

@@ -337,7 +337,7 @@ def missing_in(manifest: Mapping[str, Any]) -> str | None:
 def malformed(about: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a description read from disk, if anything is."""
     if about.get("layout") != LAYOUT:
-        return f"has layout {about.get('layout')!r}, this version of vit reads {LAYOUT}"
+        return f"has layout {shown(repr(about.get('layout')))}, this version of vit reads {LAYOUT}"
     if not is_count(about.get("step")):
         return "`step` must be an int, at least 0"
     return missing_in(about)

@@ -99,7 +99,8 @@ def attention_of_image(model: VisionTransformer, images: Tensor) -> tuple[list[t
 def reading(model: VisionTransformer, last: Tensor) -> Tensor:
     """Return how much the head reads of each of the last block's tokens (B, N, D): (B, N), 1 in sum.
 
-    The class token alone, or with a distillation token half of each; without one the mean over patches, or what the learned query takes of them, over all heads.
+    The class token alone, or with a distillation token half of each; without one the mean over patches, or what the learned
+    query takes of them, over all heads.
     """
     before = tokens_before(model)
     shares = last.new_zeros(last.shape[:2])

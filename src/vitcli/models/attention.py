@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, only_first: int = 0) -> Tensor:
-        """Map (B, N, D) to (B, N, D); with `only_first` n to the first n tokens' rows, (B, n, D): they alone ask, all answer."""
+        """Map (B, N, D) to (B, N, D); with `only_first` n to the first n tokens, (B, n, D): they alone ask, all answer."""
         q, k, v, bias = self.heads(x, only_first)
         y = attend(q, k, v, dropout=self.attention_dropout if self.training else 0.0, bias=bias)  # (B, A, Q, D/A)
         output: Tensor = self.proj(y.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2]))

@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor, only_first: int = 0) -> Tensor:
-        """Map (B, N, D) to (B, N, D); with `only_first` n to the first n tokens' rows, (B, n, D), for about a sixth of the work."""
+        """Map (B, N, D) to (B, N, D); with `only_first` n to the first n tokens, (B, n, D), for about a sixth of it."""
         attended = self.drop(self.attn(self.norm1(x), only_first))
         x = (x[:, :only_first] if only_first else x) + self.branch(attended, self.ls1)
         return x + self.branch(self.mlp(self.norm2(x)), self.ls2)
@@ -315,7 +315,7 @@ class VisionTransformer(nn.Module):
         return both if apart else both.mean(dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the head reads, (B, D) or (B, R), for images (B, 3, H, W) in [-1, 1]; of two heads, (B, 2D), side by side.
+        """Return what the head reads, (B, D) or (B, R), or two heads, (B, 2D), for images (B, 3, H, W) in [-1, 1].
 
         Raises:
             ValueError: the images are not of the size the model was built for.

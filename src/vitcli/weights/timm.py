@@ -151,8 +151,8 @@ def read_vit(raw: RawWeights, path: Path, tensors: dict[str, Tensor], said: dict
     if not section["distill_token"] and tensors.pop("head_dist.weight", None) is not None:
         tensors.pop("head_dist.bias", None)
         notes.append(
-            "a distilled DeiT without the class token's head: its distillation token is kept, as a register, and the head on it "
-            "left out"
+            "a distilled DeiT without the class token's head: its distillation token is kept, as a register, and the head on "
+            "it is left out"
         )
     return assemble(
         raw,

@@ -43,7 +43,8 @@ class Teacher:
     def words(self) -> str:
         """Say in a few words what it is."""
         height, width = self.pretrained.preprocessing["image_size"]
-        return f"{self.pretrained.source_path}: {in_words(section_of(self.pretrained))}, {height} x {width} px"
+        unnamed = "" if self.pretrained.named else ", its classes in the data's order"
+        return f"{self.pretrained.source_path}: {in_words(section_of(self.pretrained))}, {height} x {width} px{unnamed}"
 
     def weight_bytes(self) -> int:
         """Return the memory its weights take."""

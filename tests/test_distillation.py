@@ -341,7 +341,7 @@ def test_two_ranks_learn_what_one_does(whole: Path, teacher: Path, tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     alone = train(tmp_path / "alone", STUDENT, f"distillation.teacher={teacher}", "augment.mixup=0")
     assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
-    assert losses(out) != pytest.approx(losses(whole), rel=1e-3)
+    assert losses(out) != pytest.approx(losses(whole), rel=1e-4)  # with mixup
 
 
 @pytest.mark.slow

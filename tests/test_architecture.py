@@ -14,15 +14,15 @@ SRC = Path(__file__).parents[1] / "src" / "vitcli"
 # Lowest first. A leaf may import lower rooms only; a room from `weights` up may import its neighbours, without circles.
 LAYERS = (
     {"__init__", "errors", "randomness", "section", "rendezvous"},
-    {"model_config", "objective_config"},
+    {"model_config", "objective_config", "distillation_config"},
     {"config"},
     {"config_file", "pretrained"},
     {"models", "data", "optim", "logs", "device", "interrupts", "distributed", "lanes", "in_use", "optimizer_file"}
-    | {"metrics"}
+    | {"metrics", "losses"}
     | {"pretrained", "fewshot", "neighbours"},
     {"weights", "checkpoint", "forward", "evaluate", "opened", "rundir", "recipes", "own_data", "plan", "tuning", "recovery"}
     | {"retention", "saving", "features", "logistic", "probe_sets", "probes", "predictions", "findings", "figures", "speed"}
-    | {"views", "translation", "label_sets", "jobs", "predict", "inspection", "objectives"},
+    | {"views", "translation", "label_sets", "jobs", "predict", "inspection", "objectives", "teacher"},
     {"step", "watch", "ending"},
     {"fit"},
     {"train", "assess", "data_commands", "sweep", "sweep_plan", "sweep_results", "run_record", "report", "compare"}

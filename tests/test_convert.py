@@ -95,6 +95,8 @@ def fails_with(result: Result, *said: str) -> None:
         ("hf", "folder", {"layer_norm_eps": 1e-12}),
         ("torchvision", "out.safetensors", {"gelu": "exact"}),
         ("torchvision", "out.pth", {"gelu": "exact"}),
+        ("vit", "out.safetensors", {"distill_token": True, "registers": 1}),
+        ("timm", "out.safetensors", {"distill_token": True, "gelu": "exact"}),
     ],
 )
 def test_a_layout_read_back_gives_the_same_logits(target: Target, name: str, settings: dict[str, Any], tmp_path: Path) -> None:

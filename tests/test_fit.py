@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
 from vitcli.fit import class_weights_of
-from vitcli.step import classification_loss, soft_targets
+from vitcli.losses import classification_loss, soft_targets
 
 
 def test_balanced_weights_equal_scikit_learns() -> None:

@@ -38,6 +38,7 @@ VITS = {
     "relative": {**VIT, "pos_embed": "relative"},
     "axial": {**VIT, "attention": "axial", "pool": "gap"},
     "registers": {**VIT, "registers": 3},
+    "distilled": {**VIT, "distill_token": True, "registers": 1},
     "layer scale": {**VIT, "layer_scale": 0.1},
     "qk norm": {**VIT, "qk_norm": True},
     "stochastic depth": {**VIT, "stochastic_depth": 0.5},

@@ -18,6 +18,8 @@ from vitcli.sweep_plan import (
     default_rates,
     name_starts,
     plan_target,
+    refuse_other_settings,
+    settings_of,
     vtab_sets,
     write_plan,
 )
@@ -160,6 +162,16 @@ def test_vtab_takes_1000_images_of_what_the_data_root_has(checkpoint: Path, tmp_
     assert (target.config.optim.name, target.config.data.examples) == ("sgd", 1000)
     several = plan(checkpoint, tmp_path / "out", f"data.root={tmp_path}", dataset="cifar10", vtab=True, lrs=[0.01, 0.1])
     assert (several.dev_examples, len(several.trials)) == (200, 2)
+
+
+def test_a_sweep_that_began_before_a_setting_was_there_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    now = settings_of(plan(checkpoint, tmp_path / "out"))
+    before = json.loads(json.dumps(now))
+    del before["distillation"], before["model"]["distill_token"]
+    refuse_other_settings(tmp_path, before, now)
+    before["model"]["registers"] = 1
+    with pytest.raises(RunExistsError, match=r"other settings: model\.registers \(1 there, 0 now\);"):
+        refuse_other_settings(tmp_path, before, now)
 
 
 def test_a_small_set_is_no_vtab_task(tmp_path: Path) -> None:

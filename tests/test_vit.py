@@ -281,6 +281,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
         {"pool": "gap"},
         {"representation_size": 8},
         {"registers": 2, "qk_norm": True, "layer_scale": 0.5},
+        {"distill_token": True, "registers": 1},
         {"pos_embed": "relative"},
         {"pos_embed_at": "every_layer", "patch_dropout": 0.5},
         {"stochastic_depth": 0.5},

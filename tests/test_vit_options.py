@@ -39,7 +39,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"pos_embed": "sincos2d", "registers": 2},
     {"attention": "axial", "pool": "gap"},
     {"attention": "axial", "pool": "map", "pos_embed": "none"},
+    {"distill_token": True},
     # together
+    {"distill_token": True, "registers": 1, "pos_embed": "learned2d", "pos_embed_at": "every_layer"},
     {"pos_embed": "relative", "registers": 2, "qk_norm": True, "layer_scale": 0.5},
     {"attention": "axial", "pool": "map", "pos_embed": "learned2d", "pos_embed_at": "every_layer", "qk_norm": True},
     {"attention": "axial", "pool": "gap", "stochastic_depth": 0.3, "layer_scale": 1e-5, "dropout": 0.1},
@@ -178,20 +180,22 @@ def written_out(w: dict[str, Tensor], images: Tensor, options: dict[str, Any]) -
         hidden = F.gelu(dense(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1"), approximate="tanh")
         return x + dense(hidden, f"{name}.mlp.fc2") * w.get(f"{name}.ls2.gamma", 1.0), weights
 
+    first = ("cls_token" in w) + ("dist_token" in w)
+
     def positions(layer: int) -> Tensor:
         table = []
-        if "cls_token" in w:
-            table.append(w["pos_embed_prefix"][layer, 0] if "pos_embed_rows" in w else w["pos_embed"][layer, 0])
+        for place in range(first):
+            table.append(w["pos_embed_prefix"][layer, place] if "pos_embed_rows" in w else w["pos_embed"][layer, place])
         table += [torch.zeros_like(token) for token in w.get("reg_token", [[]])[0]]
         for y, x in product(range(rows), range(columns)):
             if "pos_embed_rows" in w:
                 table.append(torch.cat([w["pos_embed_columns"][layer, x], w["pos_embed_rows"][layer, y]]))
             else:
-                table.append(w["pos_embed"][layer, columns * y + x + ("cls_token" in w)])
+                table.append(w["pos_embed"][layer, columns * y + x + first])
         return torch.stack(table)
 
     x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=8).flatten(2).transpose(1, 2)
-    x = torch.cat([*(w[name].repeat(len(x), 1, 1) for name in ("cls_token", "reg_token") if name in w), x], dim=1)
+    x = torch.cat([*(w[name].repeat(len(x), 1, 1) for name in ("cls_token", "dist_token", "reg_token") if name in w), x], dim=1)
     maps, at = [], options.get("pos_embed_at", "stem")
     for number in range(depth):
         if ("pos_embed" in w or "pos_embed_rows" in w) and (number == 0 or at != "stem"):
@@ -201,6 +205,8 @@ def written_out(w: dict[str, Tensor], images: Tensor, options: dict[str, Any]) -
             x, weights = block(x, f"blocks.{number}.{part}".rstrip("."), axis)
             maps.append(weights)
     x = norm(x, "norm")
+    if "dist_token" in w:
+        return (dense(x[:, 0], "head") + dense(x[:, 1], "head_dist")) / 2, maps
     x = x[:, 0] if "cls_token" in w else x[:, options.get("registers", 0) :].mean(1)
     return dense(x, "head"), maps
 

@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
 from timm.models.vision_transformer import VisionTransformer
 
-from tests.oracles import TOLERANCE, difference, our_weights, randomise, same_tensors
+from tests.oracles import TOLERANCE, difference, our_model, our_weights, randomise, same_tensors
 from vitcli.errors import CheckpointError
 from vitcli.weights.open import open_weights
 from vitcli.weights.timm import TANH_MODELS, export_timm, timm_config, timm_differences
@@ -100,14 +100,35 @@ def test_the_config_beside_says_preprocessing_and_names(tmp_path):
 
 
 @pytest.mark.parametrize("image_size", [32, 48])
-def test_a_distilled_deit_keeps_its_second_token_as_a_register(tmp_path, image_size):
+def test_a_distilled_deit_gives_the_mean_of_both_heads(tmp_path, image_size):
     theirs = randomise(VisionTransformerDistilled(**SMALL | {"img_size": image_size}))
     torch.save({"model": theirs.state_dict()}, tmp_path / "deit.pth")  # as Facebook's files are
     read = open_weights(tmp_path / "deit.pth")
-    assert difference(read, lambda images: theirs.head(theirs.forward_features(images)[:, 0])) < TOLERANCE
-    assert read.model["registers"] == 1 and "reg_token" in read.state and "head_dist.weight" not in read.state
-    assert any("distilled DeiT" in note and "register" in note for note in read.notes)
+    assert difference(read, theirs) < 1e-5
+    theirs.set_distilled_training()
+    ours, images = our_model(read), torch.randn(2, 3, image_size, image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images, apart=True), torch.stack(theirs.train()(images), dim=1), atol=1e-5, rtol=0)
+        assert (ours(images) - ours(images, apart=True)[:, 0]).abs().max() > 0.1  # a head alone would show
+    assert read.model["distill_token"] and read.model["registers"] == 0
     assert read.preprocessing["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_a_distillation_token_without_both_heads_is_a_register(tmp_path):
+    theirs = randomise(VisionTransformerDistilled(**SMALL))
+    state = theirs.state_dict()
+    del state["head_dist.weight"], state["head_dist.bias"]
+    torch.save(state, tmp_path / "deit.pth")
+    read = open_weights(tmp_path / "deit.pth")
+    assert difference(read, lambda images: theirs.head(theirs.forward_features(images)[:, 0])) < 1e-5
+    assert read.model["registers"] == 1 and not read.model["distill_token"]
+
+
+def test_a_distilled_deit_without_heads_is_read(tmp_path):
+    theirs = randomise(VisionTransformerDistilled(**SMALL | {"num_classes": 0}))
+    torch.save(theirs.state_dict(), tmp_path / "deit.pth")
+    read = open_weights(tmp_path / "deit.pth")
+    assert read.classes == [] and read.model["distill_token"] and difference(read, theirs) < 1e-5
 
 
 def test_deit_3s_and_dinov2s_own_names_are_read(tmp_path):
@@ -267,6 +288,8 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "layer scale": {"layer_scale": 0.25},
     "qk norm": {"qk_norm": True},
     "odd mlp": {"mlp_dim": 83},
+    "distilled": {"distill_token": True, "layer_scale": 0.1},
+    "distilled, sin-cos": {"distill_token": True, "pos_embed": "sincos2d"},
 }
 
 
@@ -336,6 +359,7 @@ def test_timm_prepares_images_as_told(tmp_path):
     [
         ({"representation_size": 24}, "pre_logits"),
         ({"pos_embed": "relative"}, "relative positions"),
+        ({"distill_token": True, "registers": 1}, "registers beside"),
         ({"pos_embed_at": "every_layer"}, "every layer"),
         ({"attention": "axial", "pool": "gap"}, "Axial"),
         ({"resnet_units": [1], "patch_size": 4}, "hybrid"),

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from vitcli.distillation_config import DistillationConfig
 from vitcli.model_config import ModelConfig
 from vitcli.objective_config import ObjectiveConfig
 from vitcli.section import Count, Fraction, ImageSize, Length, Patterns, PositiveInt, Section, Size, machine
@@ -17,6 +18,7 @@ __all__ = [
     "AugmentConfig",
     "Config",
     "DataConfig",
+    "DistillationConfig",
     "FewshotConfig",
     "LogConfig",
     "MixPart",
@@ -259,6 +261,7 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = Field(default_factory=DistillationConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

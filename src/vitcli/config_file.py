@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vitcli.config import Config
+from vitcli.distillation_config import distillation_problem
 from vitcli.errors import ConfigError
 from vitcli.model_config import SIZES, ModelConfig, model_problem, resolve_model
 from vitcli.objective_config import objective_problem
@@ -383,6 +384,7 @@ def check_objective(config: Config, layers: Layers) -> None:
                     f"{section}.{field}",
                     f"is about labels, and objective.name {config.objective.name} uses none; drop it",
                 )
+    problem = problem or distillation_problem(config.distillation, objective=config.objective.name, loss=config.train.loss)
     if problem is not None:
         raise ConfigError(f"{layers.where(problem[0])}: {problem[0]} {problem[1]}")
 

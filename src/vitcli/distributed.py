@@ -350,9 +350,9 @@ class Engine:
         if compile and parallel != "fsdp":
             self.forward = cast(nn.Module, torch.compile(self.forward))
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor, **options: bool) -> Tensor:
         """Return the model's output for training."""
-        output: Tensor = self.forward(*inputs)
+        output: Tensor = self.forward(*inputs, **options)
         return output
 
     @contextmanager

@@ -10,12 +10,13 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -30,6 +31,7 @@ from vitcli.data.protocol import EncodedSource, Source
 from vitcli.distributed import SOLO, Ranks
 from vitcli.errors import DataError
 from vitcli.forward import Forward, features, source_answers
+from vitcli.model_config import HEADS
 from vitcli.opened import OpenedModel
 
 __all__ = ["Features", "cached_features", "extract_features", "feature_file", "head_inputs", "weights_digest"]
@@ -57,14 +59,15 @@ class Features:
 
 
 def head_inputs(model: Any, images: Tensor) -> Tensor:
-    """Return what the model's head reads, (b, D), by running all of it, which a model that ranks hold in parts needs."""
+    """Return what the model's heads read, (b, D) each, side by side, by running all of it, as one held in parts needs."""
     read: list[Tensor] = []
-    watching = model.head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
-    try:
+    with ExitStack() as stack:
+        for name, layer in model.named_children():
+            if name in HEADS:
+                watching = layer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+                stack.callback(watching.remove)
         model(images)
-    finally:
-        watching.remove()
-    return read[0]
+    return torch.cat(read, dim=1)
 
 
 def extract_features(
@@ -133,8 +136,8 @@ def gather_rows(rows: NDArray[np.float32], ranks: Ranks) -> NDArray[np.float32] 
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """Return a digest of all weights that features depend on: not the head's."""
-    return sha256_of_tensors({name: tensor for name, tensor in state.items() if not name.startswith("head.")})
+    """Return a digest of all weights that features depend on: not the heads'."""
+    return sha256_of_tensors({name: tensor for name, tensor in state.items() if name.partition(".")[0] not in HEADS})
 
 
 def feature_file(opened: OpenedModel, source: Source, *, split: Split, weights: str) -> Path:

@@ -47,11 +47,12 @@ from vitcli.recovery import LossScale, Streak, add_rollback, data_step, read_rol
 from vitcli.retention import Keep, discard_after
 from vitcli.saving import AsyncSaver
 from vitcli.step import State, is_out_of_memory, train_step
+from vitcli.teacher import Answers, Teacher
 from vitcli.tuning import Choice
 from vitcli.watch import NotFinite, Watch
 from vitcli.weights import load_start
 
-__all__ = ["Finished", "Job", "class_weights_of", "fit", "preprocessing_of"]
+__all__ = ["Finished", "Job", "answers_of", "class_weights_of", "fit", "preprocessing_of"]
 
 Say = Callable[[str], None]
 Result = EvalResult | ObjectiveResult
@@ -85,6 +86,7 @@ class Job:
     val_classes: Tensor | None = None  # the model's number for each class of val_source; None where they are the same
     ranks: Ranks = SOLO
     tuning: Choice | None = None  # what was measured to settle the config, if anything was
+    teacher: Teacher | None = None
 
 
 def fit(job: Job, *, stop: StopSignals, say: Say) -> Finished:
@@ -150,6 +152,7 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
     )
     micro_per_step = math.ceil(train.batch_size / (train.micro_batch_size * ranks.ranks))
     class_weights = weights_of_classes(job)
+    teacher = answers_of(job)
     sums = torch.zeros(3, dtype=torch.float64, device=job.plan.device)  # loss x images, hits, images since the last row
     watch = Watch(
         config.out,
@@ -194,6 +197,7 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
                     num_classes=job.plan.num_classes,
                     engine=engine,
                     class_weights=class_weights,
+                    teacher=teacher,
                     sums=sums,
                     say=log.message,
                 )
@@ -514,7 +518,12 @@ def store_predictions(job: Job, predictions: Predictions | None, *, step: int, p
     save_predictions(config.out / path, predictions, about=about)
 
 
-# ---------------------------------------------------------------- class weights
+# ---------------------------------------------------------------- what the loss needs
+
+
+def answers_of(job: Job) -> Answers | None:
+    """Return the teacher, ready to answer, where the run has one."""
+    return None if job.teacher is None else Answers(job.teacher, job.config, device=job.plan.device)
 
 
 def weights_of_classes(job: Job) -> Tensor | None:

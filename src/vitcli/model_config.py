@@ -10,7 +10,7 @@ from pydantic import Field
 from vitcli.section import Count, Fraction, Section, Size
 
 __all__ = [
-    *("RESNET_UNITS", "SIZES", "VARIANTS", "ModelConfig"),
+    *("HEADS", "RESNET_UNITS", "SIZES", "VARIANTS", "ModelConfig"),
     *("kept_patches", "model_problem", "parse_variant", "receptive_field", "resolve_model", "stem_stride"),
 ]
 
@@ -40,10 +40,11 @@ RESNET_UNITS = {
     200: (3, 24, 36, 3),
 }
 SIZES = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "kind", "resnet_units", "resnet_width")  # a variant gives
+HEADS = ("head", "head_dist")  # the layers that give logits; timm's names
 # options that say nothing about another kind of model, with the value that leaves them out
 TRANSFORMER_ONLY = (
-    *("representation_size", "pool", "pos_embed", "pos_embed_at", "attention", "registers", "layer_scale", "qk_norm"),
-    *("stochastic_depth", "patch_dropout", "dropout", "attention_dropout", "gelu", "layer_norm_eps"),
+    *("representation_size", "pool", "pos_embed", "pos_embed_at", "attention", "distill_token", "registers"),
+    *("layer_scale", "qk_norm", "stochastic_depth", "patch_dropout", "dropout", "attention_dropout", "gelu", "layer_norm_eps"),
 )
 SHARED_BY_MLP = ("dropout", "gelu", "layer_norm_eps")
 RESNET_ONLY = ("resnet_width", "resnet_root", "weight_standardisation", "group_norm_eps", "group_norm_groups")
@@ -99,6 +100,9 @@ class ModelConfig(Section):
     )
     attention: Literal["full", "axial"] = Field(
         "full", description="among all tokens; or along rows, MLP, along columns, MLP (paper D.6)"
+    )
+    distill_token: bool = Field(
+        False, description="a second class token with a head of its own, to learn from a teacher (DeiT, 2012.12877)"
     )
     registers: Annotated[int, Field(ge=0, le=1_000)] = Field(0, description="tokens without a patch or position (2309.16588)")
     layer_scale: Annotated[float, Field(gt=0)] | None = Field(
@@ -272,6 +276,16 @@ def option_problem(model: ModelConfig, *, grid_size: tuple[int, int]) -> tuple[s
             model.qk_norm and model.width == model.num_heads,
             "qk_norm",
             "would norm heads of a single channel to a constant; take fewer model.num_heads",
+        ),
+        (
+            model.distill_token and model.pool != "token",
+            "distill_token",
+            f"stands beside a class token, and there is none with model.pool {model.pool}; take token, or distil without it",
+        ),
+        (
+            model.distill_token and model.representation_size is not None,
+            "distill_token",
+            "is read by one linear layer, as the class token is; drop model.representation_size",
         ),
         (axial and model.pool == "token", "pool", "is token, but a class token lies in no row or column; take gap or map"),
         (axial and model.registers, "registers", "lie in no row or column, so not with model.attention axial; take 0"),

@@ -92,6 +92,7 @@ def objective_problem(objective: ObjectiveConfig, model: ModelConfig, image_size
     for wrong, key, why in (
         (model.pool == "map", "model.pool", f"is map, which learns from labels alone, and {name} uses none; take token or gap"),
         (model.representation_size is not None, "model.representation_size", f"is of a head, and {name} has none; drop it"),
+        (model.distill_token, "model.distill_token", f"learns from a teacher's classes, and {name} has none; drop it"),
         (model.head_bias != 0, "model.head_bias", f"is of a head, and {name} has none; drop it"),
         (model.patch_dropout > 0, "model.patch_dropout", f"leaves out patches that {name} is to predict; take 0"),
         (

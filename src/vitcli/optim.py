@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.config import OptimConfig, TrainConfig
+from vitcli.model_config import HEADS
 
 __all__ = [
     "SGD",
@@ -34,18 +35,18 @@ __all__ = [
     "weight_norm",
 ]
 
-EMBEDDINGS = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "stem.")  # a ResNet's root is its stem
+EMBEDDINGS = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed", "stem.")  # a ResNet's root is its stem
 BLOCK = re.compile(r"(?:stages\.(\d+)\.)?blocks\.(\d+)\.")  # of a Transformer, or a residual unit of a ResNet
 
 # ------------------------------------------------------------------------------------------------- what learns, how fast
 
 
 def trained_names(names: Iterable[str], *, head_alone: bool, frozen: Sequence[str]) -> list[str]:
-    """Return which of a model's parameters learn: those of the head, or all, without those that match a pattern.
+    """Return which of a model's parameters learn: those of its heads, or all, without those that match a pattern.
 
     Patterns are a shell's, for whole names: `blocks.[0-3].*`, `patch_embed.*`, `*norm*`.
     """
-    learning = (name for name in names if name.startswith("head.") or not head_alone)
+    learning = (name for name in names if name.partition(".")[0] in HEADS or not head_alone)
     return [name for name in learning if not any(fnmatchcase(name, pattern) for pattern in frozen)]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from vitcli.config import Config
 from vitcli.device import choose_precision, hardware, memory_bytes
+from vitcli.distillation_config import resolve_distillation
 from vitcli.distributed import SOLO, Parallel, Ranks, choose_parallel
 from vitcli.errors import ConfigError
 from vitcli.lanes import choose_lanes
@@ -19,6 +20,7 @@ from vitcli.models.flops import forward_flops
 from vitcli.objective_config import resolve_objective
 from vitcli.objectives import build_learner, describe_objective, flops_per_image, kept_bytes
 from vitcli.optim import averages, lr_at, trained_names
+from vitcli.teacher import Teacher
 from vitcli.tuning import Choice, choose_settings, product_width, worth_measuring
 
 __all__ = ["Plan", "build_plan", "count_lanes", "describe", "head_alone", "lr_of_step", "reading_steps", "resolve", "tune"]
@@ -38,11 +40,12 @@ class Plan:
     parameters: int
     trained_parameters: int  # those that are not frozen to the end
     flops_per_image: int  # forward
-    training_flops_per_image: int  # forward and backward
+    training_flops_per_image: int  # forward and backward, and the teacher's answer
     memory_estimate_bytes: int  # of one device
     device: torch.device
     parallel: Parallel
     ranks: int
+    teacher: Teacher | None = None
 
 
 def head_alone(config: Config, step: int) -> bool:
@@ -111,6 +114,7 @@ def resolve(config: Config, *, train_examples: int, val_examples: int, device: t
         update={
             "model": model,
             "objective": resolve_objective(config.objective, model, config.data.image_size),
+            "distillation": resolve_distillation(config.distillation),
             "optim": optim.model_copy(update={"warmup_steps": warmup_steps}),
             "train": train.model_copy(
                 update={
@@ -193,7 +197,14 @@ def _activation_bytes(config: Config, model: ModelConfig) -> int:
 
 
 def build_plan(
-    config: Config, *, num_classes: int, train_examples: int, val_examples: int, device: torch.device, ranks: Ranks = SOLO
+    config: Config,
+    *,
+    num_classes: int,
+    train_examples: int,
+    val_examples: int,
+    device: torch.device,
+    ranks: Ranks = SOLO,
+    teacher: Teacher | None = None,
 ) -> Plan:
     """Work out what a resolved config costs; builds the model without memory to count its parameters."""
     with torch.device("meta"):
@@ -204,15 +215,17 @@ def build_plan(
     copies = 1 + averages(config.train)
     assert config.train.micro_batch_size is not None
     state_bytes = 4 * parameters * copies + 4 * trained * (1 + moments)
-    activations = config.train.micro_batch_size * _activation_bytes(config, config.model)
+    answering = 0 if teacher is None else teacher.answering_bytes()
+    activations = config.train.micro_batch_size * max(answering, _activation_bytes(config, config.model))
+    whole = activations + (0 if teacher is None else teacher.weight_bytes())  # on each device, however many share the rest
     parallel = choose_parallel(
         config.train.parallel,
         ranks=ranks.ranks,
         state_bytes=state_bytes,
-        activation_bytes=activations,
+        activation_bytes=whole,
         memory_bytes=memory_bytes(device),
     )
-    memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + activations
+    memory = state_bytes // (ranks.ranks if parallel == "fsdp" else 1) + whole
     forward, step = flops_per_image(config, num_classes=num_classes)
     return Plan(
         config,
@@ -222,11 +235,12 @@ def build_plan(
         parameters,
         trained,
         forward,
-        step,
+        step + (0 if teacher is None else teacher.flops_per_image),
         memory,
         device,
         parallel,
         ranks.ranks,
+        teacher,
     )
 
 
@@ -268,6 +282,7 @@ def describe(plan: Plan) -> list[str]:
     return [
         f"model       {describe_model(model, config.data.image_size)}{classes}",
         *([] if labels else [f"objective   {describe_objective(config)}"]),
+        *([] if plan.teacher is None else [f"teacher     {plan.teacher.words()}; {describe_distillation(config)}"]),
         f"parameters  {plan.parameters:,}{trained}",
         f"FLOPs       {plan.flops_per_image / 1e9:.4g} G per image forward, {work:.3g} in all",
         f"data        {config.data.source}: {plan.train_examples:,} training and {plan.val_examples:,} evaluation images",
@@ -281,6 +296,14 @@ def describe(plan: Plan) -> list[str]:
         f"memory      about {plan.memory_estimate_bytes / GIB:.2f} GiB for weights, optimiser and activations",
         f"run         {config.out}",
     ]
+
+
+def describe_distillation(config: Config) -> str:
+    """Say in a few words what a resolved config learns from its teacher, and where."""
+    section = config.distillation
+    what = "the class it chooses" if section.kind == "hard" else f"its probabilities at temperature {section.tau:g}"
+    where = "a token of its own" if config.model.distill_token else "the only head"
+    return f"{where} learns {what}, {section.alpha:g} of the loss"
 
 
 def describe_model(model: ModelConfig, image_size: tuple[int, int]) -> str:
@@ -298,4 +321,5 @@ def describe_model(model: ModelConfig, image_size: tuple[int, int]) -> str:
     side = model.patch_size * stem_stride(model)
     rows, columns = (length // side for length in image_size)
     patches = f"width {model.width}, depth {model.depth}, {model.num_heads} heads, {rows} x {columns} patches of {side} px"
-    return f"ViT, {patches}" + (f", after a {resnet}" if units else "")
+    token = ", a distillation token" if model.distill_token else ""
+    return f"ViT, {patches}{token}" + (f", after a {resnet}" if units else "")

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcli.config import Config
@@ -19,14 +18,16 @@ from vitcli.data.transforms import mix_batch, normalise
 from vitcli.device import AUTOCAST
 from vitcli.distributed import Engine, Ranks
 from vitcli.lanes import Lanes
+from vitcli.losses import classification_loss, distillation_loss, soft_targets
 from vitcli.models import VisionTransformer
 from vitcli.objectives import training_masks
 from vitcli.optim import SGD, Adam, AdamW, clip_gradients, decay_at, ema_update
 from vitcli.plan import head_alone, lr_of_step
 from vitcli.randomness import derive_seed
 from vitcli.recovery import LossScale, Verdict, judge
+from vitcli.teacher import Answers
 
-__all__ = ["Outcome", "State", "classification_loss", "is_out_of_memory", "soft_targets", "train_step"]
+__all__ = ["Outcome", "State", "is_out_of_memory", "train_step"]
 
 SKIPPING = (AdamW, Adam, SGD)  # where fused, on a GPU
 
@@ -62,6 +63,7 @@ def train_step(
     num_classes: int,
     engine: Engine,
     class_weights: Tensor | None,
+    teacher: Answers | None = None,
     sums: Tensor,
     say: Callable[[str], object],
 ) -> Outcome:
@@ -73,6 +75,7 @@ def train_step(
         parts: micro-batches of images, uint8 (b, 3, H, W), and labels (b,); with the other processes' the step's batch.
         num_classes: K; not read where the objective needs no labels.
         class_weights: (K,) weights in the loss, or None for equal ones.
+        teacher: answers to be learned beside the labels, or None.
         sums: (3,) loss x images, hits and images of the steps applied since the last log row.
         say: is told when memory runs out and fewer images go through the model at once from then on.
     """
@@ -84,7 +87,13 @@ def train_step(
         problem = None
         try:
             seen = accumulate_gradients(
-                state, parts, config=config, num_classes=num_classes, engine=engine, class_weights=class_weights
+                state,
+                parts,
+                config=config,
+                num_classes=num_classes,
+                engine=engine,
+                class_weights=class_weights,
+                teacher=teacher,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error) or state.overlap or engine.in_step or state.images_at_once == 1:
@@ -132,6 +141,7 @@ def accumulate_gradients(
     num_classes: int,
     engine: Engine,
     class_weights: Tensor | None,
+    teacher: Answers | None,
 ) -> Tensor:
     """Leave this process's part of the batch's gradient in the parameters; return `Outcome.seen`."""
     train, device, rank = config.train, engine.device, engine.ranks.rank
@@ -153,7 +163,7 @@ def accumulate_gradients(
         # Every process makes as many portions as the others, be its share smaller by one: some of them meet in each.
         portions = -(-largest_share(config, number, engine.ranks) // state.images_at_once)
         weight = scale / train.batch_size
-        learn = partial(backward, config=config, device=device, class_weights=class_weights, weight=weight)
+        learn = partial(backward, config=config, device=device, class_weights=class_weights, teacher=teacher, weight=weight)
         if state.lanes is not None:
             portions = state.lanes.count * -(-portions // state.lanes.count)  # as many for each
             split = zip(inputs.tensor_split(portions), targets.tensor_split(portions), strict=True)
@@ -189,6 +199,7 @@ def backward(
     config: Config,
     device: torch.device,
     class_weights: Tensor | None,
+    teacher: Answers | None,
     weight: float,
 ) -> Tensor:
     """Add the gradient of a portion's losses x weight to the model's; return (3,) loss x images, hits and images.
@@ -200,13 +211,24 @@ def backward(
     train, (x, y) = config.train, portion
     if len(x) == 0:
         return torch.zeros(3, dtype=torch.float64, device=device)
+    answers = None if teacher is None else teacher(x)  # first: while the student keeps nothing yet
     with torch.autocast(device.type, AUTOCAST.get(train.precision), enabled=train.precision in AUTOCAST):
-        logits = model(x) if config.objective.needs_labels else model(x, y)  # (b, K), or (b, 2)
+        if not config.objective.needs_labels:
+            logits = model(x, y)  # (b, 2)
+        elif answers is not None and config.model.distill_token:
+            logits = model(x, apart=True)  # (b, 2, K)
+        else:
+            logits = model(x)  # (b, K)
     if not config.objective.needs_labels:
         (logits[:, 0].mean() * (weight * len(x))).backward()
         sums = logits.detach().double().sum(0)
         return torch.cat([sums, torch.full_like(sums[:1], len(x))])
-    loss = classification_loss(logits.float(), y, kind=train.loss, class_weights=class_weights)
+    if answers is None:
+        loss = classification_loss(logits.float(), y, kind=train.loss, class_weights=class_weights)
+    else:
+        shares: dict[str, Any] = {"section": config.distillation, "kind": train.loss, "class_weights": class_weights}
+        loss = distillation_loss(logits.float(), y, answers, **shares)
+        logits = logits.mean(1) if logits.ndim == 3 else logits  # what evaluation goes by
     (loss * (weight * len(x))).backward()
     with torch.no_grad():
         hits = (logits.argmax(1) == y.argmax(1)).sum()
@@ -255,23 +277,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
     )
-
-
-def soft_targets(labels: Tensor, *, num_classes: int, label_smoothing: float) -> Tensor:
-    """Turn labels (B,) into target distributions (B, K), with a share spread over all classes."""
-    targets = F.one_hot(labels, num_classes).float()
-    return targets * (1.0 - label_smoothing) + label_smoothing / num_classes if label_smoothing else targets
-
-
-def classification_loss(logits: Tensor, targets: Tensor, *, kind: str, class_weights: Tensor | None = None) -> Tensor:
-    """Return the batch's mean loss for logits and targets (B, K): cross-entropy, or the sum of K binary ones (big_vision).
-
-    With class weights (K,), an image counts as much as its target's classes do, in their shares; the mean stays one over B.
-    """
-    if kind == "sigmoid":
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)  # (B,)
-    elif class_weights is None:
-        return F.cross_entropy(logits, targets)
-    else:
-        losses = F.cross_entropy(logits, targets, reduction="none")  # (B,)
-    return losses.mean() if class_weights is None else (losses * (targets @ class_weights)).mean()

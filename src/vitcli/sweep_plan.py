@@ -24,7 +24,7 @@ from vitcli.models.flops import training_flops
 from vitcli.plan import describe_model, resolve, tune
 from vitcli.recipes import NOT_MIRRORED
 from vitcli.rundir import differing_keys, read_json, write_json, write_text
-from vitcli.train import begun, finetune_config, keys_free_to_change, run_name, short_name, value_at
+from vitcli.train import begun, finetune_config, keys_free_to_change, run_name, short_name, value_at, with_defaults
 
 __all__ = ["Start", "Target", "Trial", "best_rates_first", "describe_target", "name_starts", "plan_target", "vtab_sets"]
 
@@ -319,8 +319,9 @@ def settings_of(target: Target) -> dict[str, Any]:
 
 def refuse_other_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise RunExistsError if a sweep that has begun had other settings, but for those that change no result."""
-    free = {"out", *keys_free_to_change(Config)}
-    differing = [key for key in differing_keys(before, now) if key not in free]
+    free = {"out", "optim.lr", *keys_free_to_change(Config)}
+    stated = with_defaults({key: value for key, value in before.items() if key in Config.model_fields})
+    differing = [key for key in differing_keys({**before, **stated}, now) if key not in free]
     if differing:
         said = ", ".join(
             f"{key} ({json.dumps(value_at(before, key))} there, {json.dumps(value_at(now, key))} now)" for key in differing[:6]

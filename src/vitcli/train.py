@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from vitcli.pretrained import Pretrained
 from vitcli.recipes import OWN, finetune_recipe
 from vitcli.recovery import ROLLBACKS
 from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
+from vitcli.teacher import digest_of, open_teacher
 from vitcli.weights import LoadReport, check_architecture, load_start
 from vitcli.weights.files import FOLDER_NAMES
 from vitcli.weights.load import differing_settings, section_of
@@ -228,6 +229,7 @@ def carry_out(
             write_text(out / CONFIG, dump_config(job.config))
             tuning = None if job.tuning is None else job.tuning.as_dict()
             requested = {"requested": config.model_dump(mode="json"), "recipe": recipe, "tuning": tuning}
+            requested["teacher"] = None if job.teacher is None else job.teacher.identity()
             if start is not None:
                 write_json(out / WEIGHTS, {"source": str(start.source_path), **rehearse(job, start).as_dict()})
             record = split_record(job.train_source, job.val_source, config.data)
@@ -310,6 +312,11 @@ def refuse_other(out: Path, config: Config) -> None:
     free = {"out", *keys_free_to_change(Config)}
     if config.train.early_stop_evals is not None:
         free.remove("log.best_metric")  # the run ends by it
+    teacher = config.distillation.teacher
+    if manifest.get("teacher") is not None and teacher is not None:
+        free.add("distillation.teacher")  # the same weights, wherever they lie now
+        if value_at(before, "distillation.teacher") != str(teacher):
+            refuse_other_teacher(config, manifest, digest_of(teacher))
     differing = [key for key in differing_keys(before, now) if key not in free]
     if differing:
         said = ", ".join(
@@ -318,6 +325,16 @@ def refuse_other(out: Path, config: Config) -> None:
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise RunExistsError(
             f"{out}: this run has another config: {said}{more}; choose another --out, or take the settings back"
+        )
+
+
+def refuse_other_teacher(config: Config, manifest: Mapping[str, Any], sha256: str | None) -> None:
+    """Raise RunExistsError if a run that has begun was taught by other weights than those with this digest."""
+    before = manifest.get("teacher")
+    if before is not None and before["sha256"] != sha256:
+        raise RunExistsError(
+            f"{config.out}: distillation.teacher is {config.distillation.teacher}, but its weights are not those that this run "
+            f"began with ({before['path']}, step {before['step']:,}); bring them back, or choose another --out"
         )
 
 
@@ -375,13 +392,16 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
             "take them out, or add training images of them"
         )
     val_classes = map_classes(train_source.classes, val_source.classes, val_source.name) if labels else None
+    teacher = open_teacher(config, train_source.classes)
     tuning = None
     manifest = read_json(config.out / MANIFEST)
     if manifest is not None and begun(config.out):
         before = stored_config(config.out / CONFIG)
         log = before.log.model_copy(update={key: value for key, value in config.log if value is not None})
         kept = {name: getattr(before, name) for name in ("model", "objective", "optim", "train")}
-        config = config.model_copy(update={**kept, "log": log})
+        distillation = before.distillation.model_copy(update={"teacher": config.distillation.teacher})
+        config = config.model_copy(update={**kept, "log": log, "distillation": distillation})
+        refuse_other_teacher(config, manifest, None if teacher is None else teacher.sha256)
         found = {"train": train_source.fingerprint, "val": val_source.fingerprint}
         changed = [split for split in found if found[split] != manifest["data"][split]]
         if changed:
@@ -408,5 +428,6 @@ def settle_job(config: Config, *, start: Pretrained | None, ranks: Ranks) -> Job
         val_examples=len(val_source),
         device=device,
         ranks=ranks,
+        teacher=teacher,
     )
-    return Job(config, plan, train_source, val_source, start, val_classes, ranks, tuning)
+    return Job(config, plan, train_source, val_source, start, val_classes, ranks, tuning, teacher)

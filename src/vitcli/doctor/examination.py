@@ -156,6 +156,8 @@ def checks_of_run(config: Config, start: Pretrained | None, device: torch.device
         return [*done, left_open("speed", "like memory, time and disk space it needs what is missing above")]
     if report is not None:
         done.append(gather("weights", f"{config.ckpt}: {report.summary()}"))
+    if job.teacher is not None:
+        done.append(gather("teacher", job.teacher.words()))
     return [*done, check_classes(job.config, job.train_source, job.val_source), *measured(job, available)]
 
 

@@ -40,6 +40,7 @@ def memory_of(plan: Plan) -> tuple[int, int]:
             train_examples=plan.train_examples,
             val_examples=plan.val_examples,
             device=plan.device,
+            teacher=plan.teacher,
         ).memory_estimate_bytes
 
     one = estimate(1)

@@ -24,7 +24,7 @@ from vitcli.device import flops_per_second
 from vitcli.distributed import States
 from vitcli.doctor.checks import Check, Issue, gather
 from vitcli.errors import DataError
-from vitcli.fit import Job, start_state
+from vitcli.fit import Job, answers_of, start_state
 from vitcli.step import train_step
 
 __all__ = ["DISTURBED", "Trial", "bytes_of", "check_speed", "images_at_once", "try_out"]
@@ -82,6 +82,7 @@ def try_out(job: Job) -> Trial:
     with tempfile.TemporaryDirectory() as nowhere:  # a run that has not begun
         config = job.config.model_copy(update={"out": Path(nowhere), "train": train})
         state, engine, _ = start_state(replace(job, config=config), say=lambda text: None)
+        teacher = answers_of(job)
         losses: list[float] = []
 
         def step(parts: list[Batch]) -> None:
@@ -93,6 +94,7 @@ def try_out(job: Job) -> Trial:
                 num_classes=job.plan.num_classes,
                 engine=engine,
                 class_weights=None,
+                teacher=teacher,
                 sums=sums,
                 say=said.append,
             )

@@ -99,12 +99,13 @@ def attention_of_image(model: VisionTransformer, images: Tensor) -> tuple[list[t
 def reading(model: VisionTransformer, last: Tensor) -> Tensor:
     """Return how much the head reads of each of the last block's tokens (B, N, D): (B, N), 1 in sum.
 
-    The class token alone; without one the mean over patches, or what the learned query takes of them, over all heads.
+    The class token alone, or with a distillation token half of each; without one the mean over patches, or what the learned
+    query takes of them, over all heads.
     """
     before = tokens_before(model)
     shares = last.new_zeros(last.shape[:2])
     if model.cls_token is not None:
-        shares[:, 0] = 1.0
+        shares[:, : model.num_prefix_tokens] = 1.0 / model.num_prefix_tokens
     elif model.attn_pool is None:
         shares[:, before:] = 1.0 / (last.shape[1] - before)
     else:

@@ -50,12 +50,17 @@ def before_names(model: VisionTransformer) -> list[str]:
     """Return the names of the tokens before the patches."""
     registers = model.num_registers
     names = [f"register {number}" for number in range(1, registers + 1)] if registers > 1 else ["register"] * registers
-    return [*(["class token"] * model.num_prefix_tokens), *names]
+    return [*["class token", "distillation token"][: model.num_prefix_tokens], *names]
 
 
 def reader_words(model: Model) -> tuple[str, str]:
     """Return what rollout starts from, and what a head's map shows, in words."""
     assert isinstance(model, VisionTransformer)
+    if model.dist_token is not None:
+        return (
+            "class token and distillation token, half each, as a head reads either",
+            "what the class token takes of each patch",
+        )
     if model.cls_token is not None:
         return "the class token, which alone the head reads", "what the class token takes of each patch"
     if model.attn_pool is None:

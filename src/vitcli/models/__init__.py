@@ -69,6 +69,7 @@ def build_model(
         pos_embed=section.pos_embed,
         pos_embed_at=section.pos_embed_at,
         attention=section.attention,
+        distill_token=section.distill_token,
         registers=section.registers,
         layer_scale=section.layer_scale,
         qk_norm=section.qk_norm,

@@ -57,9 +57,9 @@ class Attention(nn.Module):
         self.relative = nn.Parameter(torch.empty(2 * relative_tokens - 1, head)) if relative_tokens else None
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
-        """Map (B, N, D) to (B, N, D); with `first_only` to the first token's row, (B, 1, D): it alone asks, all answer."""
-        q, k, v, bias = self.heads(x, first_only)
+    def forward(self, x: Tensor, only_first: int = 0) -> Tensor:
+        """Map (B, N, D) to (B, N, D); with `only_first` n to the first n tokens, (B, n, D): they alone ask, all answer."""
+        q, k, v, bias = self.heads(x, only_first)
         y = attend(q, k, v, dropout=self.attention_dropout if self.training else 0.0, bias=bias)  # (B, A, Q, D/A)
         output: Tensor = self.proj(y.transpose(1, 2).reshape(x.shape[0], -1, x.shape[2]))
         return output
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
         So they can be looked at where N x N of them are too many to hold.
         """
-        q, k, _ = self.project(x, False)
+        q, k, _ = self.project(x)
         for first in range(0, x.shape[1], most):
             asking = q[:, :, first : first + most]
             logits = (asking * q.shape[-1] ** -0.5) @ k.mT
@@ -81,16 +81,17 @@ class Attention(nn.Module):
                 logits = logits + self.relative_logits(asking, self.relative, first=first)
             yield torch.softmax(logits, dim=-1)
 
-    def heads(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def heads(self, x: Tensor, only_first: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return queries (B, A, Q, D/A), keys and values (B, A, N, D/A), and what to add to the logits."""
-        q, k, v = self.project(x, first_only)
+        q, k, v = self.project(x, only_first)
         return q, k, v, None if self.relative is None else self.relative_logits(q, self.relative)
 
-    def project(self, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, only_first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, A, Q, D/A), keys and values (B, A, N, D/A)."""
         batch, tokens, width = x.shape
-        if first_only:
-            q = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width]).reshape(batch, 1, 1, self.num_heads, -1)
+        if only_first:
+            q = F.linear(x[:, :only_first], self.qkv.weight[:width], self.qkv.bias[:width])
+            q = q.reshape(batch, only_first, 1, self.num_heads, -1)
             kv = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).reshape(batch, tokens, 2, self.num_heads, -1)
             parts = [*q.unbind(2), *kv.unbind(2)]
         else:
@@ -127,9 +128,9 @@ class AxialAttention(Attention):
         self.axis = axis
         self.grid_size = grid_size
 
-    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
-        """Map (B, P, D) to (B, P, D), row by row; there is no class token to be `first_only`."""
-        assert not first_only
+    def forward(self, x: Tensor, only_first: int = 0) -> Tensor:
+        """Map (B, P, D) to (B, P, D), row by row; there is no class token to be the `only_first`."""
+        assert not only_first
         lines = self.lines(x)  # (B, lines, places, D)
         y = super().forward(lines.flatten(0, 1)).view_as(lines)
         return (y if self.axis == "rows" else y.transpose(1, 2)).flatten(1, 2)
@@ -138,7 +139,7 @@ class AxialAttention(Attention):
         """Yield the weights among all patches of (B, P, D), (B, A, Q, P), with 0 between lines, as `Attention.weight_rows`."""
         lines = self.lines(x)
         batch, count, places, _ = lines.shape
-        q, k, _ = self.project(lines.flatten(0, 1), False)
+        q, k, _ = self.project(lines.flatten(0, 1))
         inside = torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1)  # (B lines, A, places, places)
         inside = inside.unflatten(0, (batch, count)).permute(0, 2, 1, 3, 4)  # (B, A, lines, places, places)
         patches = torch.arange(x.shape[1], device=x.device).unflatten(0, self.grid_size)

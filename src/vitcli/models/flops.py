@@ -104,7 +104,7 @@ def count_tokens(section: ModelConfig, *, image_size: tuple[int, int]) -> int | 
     if section.kind != "vit":
         return None
     rows, columns = grid(section, image_size)
-    return (section.pool == "token") + section.registers + rows * columns
+    return class_tokens(section) + section.registers + rows * columns
 
 
 def costs(section: ModelConfig, *, image_size: tuple[int, int], num_classes: int, training: bool) -> Costs:
@@ -129,7 +129,7 @@ def transformer_costs(section: ModelConfig, *, image_size: tuple[int, int], num_
     width, depth, mlp_dim, patch = section.width, section.depth, section.mlp_dim, section.patch_size
     assert width and depth and mlp_dim and patch
     rows, columns = grid(section, image_size)
-    patches, prefix = rows * columns, int(section.pool == "token")
+    patches, prefix = rows * columns, class_tokens(section)
     seen = kept_patches(patches, section.patch_dropout) if training and section.patch_dropout else patches
     tokens = prefix + section.registers + seen
     units: list[Cost] = []
@@ -157,9 +157,9 @@ def transformer_costs(section: ModelConfig, *, image_size: tuple[int, int], num_
     units = [*units, *[one] * depth]
 
     read = seen if section.pool == "map" else 1
-    outside += norm(width, times=tokens if section.pool != "token" else 1)
-    if section.pool == "token":
-        outside += Cost(kept=(tokens - 1) * width)  # the others lie in the same memory
+    outside += norm(width, times=prefix or tokens)
+    if prefix:
+        outside += Cost(kept=(tokens - prefix) * width)  # the others lie in the same memory
     if section.pool == "map":
         # the query, from its own layer, asks the patches' keys and values
         outside += linear(width, width) + linear(width, 2 * width, times=read)
@@ -169,8 +169,14 @@ def transformer_costs(section: ModelConfig, *, image_size: tuple[int, int], num_
     assert hidden != "width"  # resolved
     if hidden:
         outside += linear(width, hidden)
-    outside += linear(hidden or width, num_classes)
+    for _ in range(1 + section.distill_token):
+        outside += linear(hidden or width, num_classes)
     return Costs(units, outside)
+
+
+def class_tokens(section: ModelConfig) -> int:
+    """Return how many tokens are read by a head: the class token and the distillation token."""
+    return (section.pool == "token") + section.distill_token
 
 
 def block_cost(section: ModelConfig, *, tokens: int, seen: int) -> Cost:

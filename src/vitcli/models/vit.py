@@ -4,8 +4,9 @@ Pre-norm blocks, learned 1-D position embeddings, a class token, and a head that
 zero-initialised linear layer at fine-tuning. Options: what Table 8 and appendix D compare (positions, where they are added,
 mean over patches, Axial attention), and what later work has shown to matter. Tensor names are timm's where timm has the part.
 
-B batch, H W image sides, h w grid sides, p patch side, P = h w patches, T class tokens (0 or 1), S registers,
-N = T + S + P tokens in this order, D width, M mlp_dim, A attention heads, R representation size, K classes.
+B batch, H W image sides, h w grid sides, p patch side, P = h w patches, T class tokens (of two, the second
+is for distillation), S registers, N = T + S + P tokens in this order, D width, M mlp_dim, A attention heads,
+R representation size, K classes.
 """
 
 from functools import partial
@@ -111,10 +112,10 @@ class Block(nn.Module):
         self.mlp = Mlp(width=width, mlp_dim=mlp_dim, dropout=dropout, gelu=gelu)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
-        """Map (B, N, D) to (B, N, D); with `first_only` to the first token's row, (B, 1, D), for about a sixth of the work."""
-        attended = self.drop(self.attn(self.norm1(x), first_only))
-        x = (x[:, :1] if first_only else x) + self.branch(attended, self.ls1)
+    def forward(self, x: Tensor, only_first: int = 0) -> Tensor:
+        """Map (B, N, D) to (B, N, D); with `only_first` n to the first n tokens, (B, n, D), for about a sixth of it."""
+        attended = self.drop(self.attn(self.norm1(x), only_first))
+        x = (x[:, :only_first] if only_first else x) + self.branch(attended, self.ls1)
         return x + self.branch(self.mlp(self.norm2(x)), self.ls2)
 
     def branch(self, x: Tensor, scale: LayerScale | None) -> Tensor:
@@ -135,9 +136,9 @@ class AxialBlock(nn.Module):
         self.rows = rows
         self.columns = columns
 
-    def forward(self, x: Tensor, first_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, only_first: int = 0) -> Tensor:
         """Map (B, P, D) to (B, P, D)."""
-        output: Tensor = self.columns(self.rows(x), first_only)
+        output: Tensor = self.columns(self.rows(x), only_first)
         return output
 
 
@@ -160,6 +161,8 @@ class VisionTransformer(nn.Module):
         pos_embed_at: learned positions are added to the patch embeddings, or to every block's input: others each time, or
             the same ones ("shared").
         attention: among all tokens, or axial: along rows, then along columns.
+        distill_token: a token behind the class token, with a position and a head of its own, which is to agree with a teacher
+            (DeiT, 2012.12877, section 4).
         registers: S learned tokens that stand for no patch (2309.16588).
         layer_scale: initial factor of each branch, learned per channel, or None.
         qk_norm: LayerNorm on each head's queries and keys.
@@ -171,12 +174,13 @@ class VisionTransformer(nn.Module):
         head_bias: initial bias of the head; -10 in the ImageNet-21k runs with sigmoid loss.
         backbone: a ResNet whose feature map is cut into patches, instead of the image (section 3.1, hybrids).
         patch_permutation: side of the squares that images are cut into and shown in another order, px; None as they are.
-        num_classes: K; 0 for a model without a head, whose outputs are its features.
+        num_classes: K; 0 for a model without a head, whose outputs are its features; their mean where there are two tokens.
 
     Attributes:
         grid_size: (rows, columns) of patches.
         objective: what it learns to predict of patches that it is not shown, where it learns without labels (`objectives`).
-        num_prefix_tokens: T, tokens with a place before the patches' in `pos_embed`: 1 with a class token, else 0.
+        num_prefix_tokens: T, tokens with a place before the patches' in `pos_embed`, which are those that heads read: the class
+            token, and the distillation token.
         num_registers: S.
         random: whether training draws random numbers.
 
@@ -199,6 +203,7 @@ class VisionTransformer(nn.Module):
         pos_embed: Literal["none", "learned", "learned2d", "relative", "sincos2d"] = "learned",
         pos_embed_at: Literal["stem", "every_layer", "shared"] = "stem",
         attention: Literal["full", "axial"] = "full",
+        distill_token: bool = False,
         registers: int = 0,
         layer_scale: float | None = None,
         qk_norm: bool = False,
@@ -219,9 +224,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"{what} does not divide image_size {image_size[0]}x{image_size[1]}")
         if width % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide width {width}")
+        if distill_token and (pool != "token" or representation_size is not None):
+            raise ValueError("a distillation token stands beside a class token, and linear heads read both")
         self.image_size = image_size
         self.grid_size = (image_size[0] // stride, image_size[1] // stride)
-        self.num_prefix_tokens = 1 if pool == "token" else 0
+        self.num_prefix_tokens = int(pool == "token") + int(distill_token)
         self.num_registers = registers
         self.pos_embed_at = pos_embed_at
         self.patch_dropout = patch_dropout
@@ -235,6 +242,7 @@ class VisionTransformer(nn.Module):
 
         self.patch_embed = PatchEmbed(patch_size=patch_size, width=width, backbone=backbone)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if pool == "token" else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if distill_token else None
         self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         layers = depth if pos_embed_at == "every_layer" else 1
         self.pos_embed: Tensor | None
@@ -243,12 +251,13 @@ class VisionTransformer(nn.Module):
         elif pos_embed == "sincos2d":
             positions = sincos2d_positions(grid_size=self.grid_size, width=width)
             positions = positions.to(self.patch_embed.proj.weight.device)
-            positions = F.pad(positions, (0, 0, self.num_prefix_tokens, 0))  # nothing is added to the class token
+            positions = F.pad(positions, (0, 0, self.num_prefix_tokens, 0))  # nothing is added to class tokens
             self.register_buffer("pos_embed", positions, persistent=False)
         else:
             self.pos_embed = None
         both = pos_embed == "learned2d"
-        self.pos_embed_prefix = nn.Parameter(torch.empty(layers, 1, width)) if both and pool == "token" else None
+        before = self.num_prefix_tokens if both else 0
+        self.pos_embed_prefix = nn.Parameter(torch.empty(layers, before, width)) if before else None
         self.pos_embed_rows = nn.Parameter(torch.empty(layers, rows, width // 2)) if both else None
         self.pos_embed_columns = nn.Parameter(torch.empty(layers, columns, width // 2)) if both else None
         self.drop = nn.Dropout(dropout)
@@ -282,28 +291,39 @@ class VisionTransformer(nn.Module):
             )
         self.pre_logits = nn.Linear(width, representation_size) if representation_size else None
         self.head = build_head(representation_size or width, num_classes)
+        self.head_dist = build_head(width, num_classes) if distill_token else None
         self.objective: nn.Module | None = None
         self.reset_parameters()
 
-    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Return logits (B, K) for images (B, 3, H, W) in [-1, 1]; with masks (B, P) what `objective` makes of the images."""
+    def forward(self, images: Tensor, masks: Tensor | None = None, *, apart: bool = False) -> Tensor:
+        """Return logits (B, K) for images (B, 3, H, W) in [-1, 1]; with masks (B, P) what `objective` makes of the images.
+
+        Of two heads it is the mean of their logits, as in DeiT's code, timm and transformers; the paper's words are the sum of
+        their softmaxes. With `apart` it is both heads' logits, (B, 2, K): the class token's, then the distillation token's.
+        """
         if masks is not None:
             assert self.objective is not None
             judged: Tensor = self.objective(self, images, masks)
             return judged
-        logits: Tensor = self.head(self.features(images))
-        return logits
+        x = self.features(images)
+        if self.head_dist is None:
+            assert not apart
+            logits: Tensor = self.head(x)
+            return logits
+        of_class, of_teacher = x.chunk(2, dim=1)  # (B, D) each
+        both = torch.stack([self.head(of_class), self.head_dist(of_teacher)], dim=1)  # (B, 2, K)
+        return both if apart else both.mean(dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the head reads, (B, D) or (B, R), for images (B, 3, H, W) in [-1, 1].
+        """Return what the head reads, (B, D) or (B, R), or two heads, (B, 2D), for images (B, 3, H, W) in [-1, 1].
 
         Raises:
             ValueError: the images are not of the size the model was built for.
         """
         # Eq. 4 reads one token, and nobody what the last block makes of the others: in training that is 10/12 of its products.
         # With dropout at work they stay, for the sake of the random masks.
-        one_read = self.cls_token is not None and not (self.training and self.masks_tokens)
-        x = self.pooled(self.encoded(self.embedded(images), one_read=one_read))  # (B, D), Eq. 4
+        read = 0 if self.training and self.masks_tokens else self.num_prefix_tokens
+        x = self.pooled(self.encoded(self.embedded(images), only_first=read))  # (B, D), Eq. 4
         if self.pre_logits is not None:
             x = torch.tanh(self.pre_logits(x))  # (B, R)
         return x
@@ -313,15 +333,16 @@ class VisionTransformer(nn.Module):
         x: Tensor = self.patch_embed(as_seen(images, image_size=self.image_size, permutation=self.permutation))
         return x
 
-    def encoded(self, x: Tensor, *, visible: Tensor | None = None, one_read: bool = False) -> Tensor:
+    def encoded(self, x: Tensor, *, visible: Tensor | None = None, only_first: int = 0) -> Tensor:
         """Return what the blocks make of patch embeddings (B, P, D) and the tokens before them, (B, N, D), not normed.
 
         Args:
             visible: (B, V) numbers of the patches to be seen, in this order; the others are left out. None for all, or in
                 training for those that `patch_dropout` leaves.
-            one_read: let the last block make the first token alone, (B, 1, D).
+            only_first: n, to let the last block make the first n tokens alone, (B, n, D); 0 for all.
         """
-        before = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = (self.cls_token, self.dist_token, self.reg_token)
+        before = [token.expand(x.shape[0], -1, -1) for token in tokens if token is not None]
         x = torch.cat([*before, x], dim=1) if before else x  # (B, N, D)
         positions = self.positions()
         x = self.drop(x if positions[0] is None else x + positions[0])  # Eq. 1
@@ -335,7 +356,7 @@ class VisionTransformer(nn.Module):
         for number, (block, position) in enumerate(zip(self.blocks, positions, strict=True)):
             if number and position is not None:
                 x = x + (position if kept is None else position[0][kept])
-            x = block(x, one_read and number == len(self.blocks) - 1)  # Eq. 2 and 3
+            x = block(x, only_first if number == len(self.blocks) - 1 else 0)  # Eq. 2 and 3
         return x
 
     def positions(self) -> list[Tensor | None]:
@@ -366,9 +387,9 @@ class VisionTransformer(nn.Module):
         return torch.cat([before, patches + first], dim=1)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Return the image's representation (B, D) from its tokens (B, N, D), normed: class token, mean or MAP."""
-        if self.cls_token is not None:
-            output: Tensor = self.norm(x[:, 0])
+        """Return the image's representation (B, T D) or (B, D) from its tokens (B, N, D), normed: class tokens, mean or MAP."""
+        if self.num_prefix_tokens:
+            output: Tensor = self.norm(x[:, : self.num_prefix_tokens]).flatten(1)
             return output
         x = self.norm(x[:, self.num_registers :] if self.num_registers else x)  # (B, P, D)
         return x.mean(dim=1) if self.attn_pool is None else self.attn_pool(x)
@@ -390,7 +411,7 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
         positions = [self.pos_embed, self.pos_embed_prefix, self.pos_embed_rows, self.pos_embed_columns]
-        for drawn in [*positions, self.reg_token]:  # registers too: nothing else tells them apart
+        for drawn in [*positions, self.reg_token, self.dist_token]:  # tokens too: without positions nothing tells them apart
             if isinstance(drawn, nn.Parameter):
                 nn.init.normal_(drawn, std=POSITION_STD)
         for module in self.modules():
@@ -414,9 +435,10 @@ class VisionTransformer(nn.Module):
         if self.pre_logits is not None:
             lecun_normal_(self.pre_logits.weight)
             nn.init.zeros_(self.pre_logits.bias)
-        if isinstance(self.head, nn.Linear):
-            nn.init.zeros_(self.head.weight)
-            nn.init.constant_(self.head.bias, self.head_bias)
+        for head in (self.head, self.head_dist):
+            if isinstance(head, nn.Linear):
+                nn.init.zeros_(head.weight)
+                nn.init.constant_(head.bias, self.head_bias)
 
 
 def reset_dense(dense: nn.Linear, *, parts: int = 1) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitcli.checkpoint import flush_to_disk, save_weights_file
 from vitcli.errors import CheckpointError, ConfigError
-from vitcli.model_config import model_problem
+from vitcli.model_config import HEADS, model_problem
 from vitcli.models import Model, build_model
 from vitcli.pretrained import Pretrained
 from vitcli.weights.graphs import OPSET, open_onnx, open_program, require_onnx, write_onnx, write_program
@@ -185,7 +185,8 @@ def fitted(weights: Pretrained, *, image_size: tuple[int, int] | None = None) ->
     model = build_model(section, image_size=size, num_classes=len(weights.classes) or 1, patch_permutation=permuted)
     load_weights(model, weights.state, reset_head=not weights.classes, old_grid=trained_grid(weights))
     if not weights.classes:
-        model.head = nn.Identity()  # type: ignore[assignment]  # in place of a Linear
+        for name in [name for name, _ in model.named_children() if name in HEADS]:
+            setattr(model, name, nn.Identity())
     return model.eval()
 
 
@@ -295,8 +296,7 @@ def verify(target: Target, path: Path, weights: Pretrained, model: Model) -> tup
 
 def outputs(model: Model, images: Tensor) -> Tensor:
     """Return what the head reads and the logits, side by side (B, D + K)."""
-    features = model.features(images)
-    return torch.cat([features, model.head(features)], dim=1)
+    return torch.cat([model.features(images), model(images)], dim=1)
 
 
 def largest_difference(before: Tensor, after: Tensor) -> float:

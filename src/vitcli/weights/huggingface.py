@@ -1,9 +1,10 @@
 """Hugging Face's ViT, DeiT, hybrid ViT and BiT: read from a folder or a file, and written as a folder it loads.
 
 On disk the names are those of transformers 4 (`encoder.layer.N.attention.attention.query`) in every version; the names that
-version 5 has in memory are read too. A DeiT's distillation token is a register, and so is read and written exactly.
-config.json beside the weights says what no tensor does (heads, activation, epsilon, class names), preprocessor_config.json how
-images are prepared. Sources: transformers' models vit, deit, bit and vit_hybrid, and image_processing_*.py.
+version 5 has in memory are read too. A DeiT's distillation token that no head reads is a register, and so is read and written
+exactly. config.json beside the weights says what no tensor does (heads, activation, epsilon, class names),
+preprocessor_config.json how images are prepared. Sources: transformers' models vit, deit, bit and vit_hybrid, and
+image_processing_*.py.
 """
 
 import re
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
-from vitcli.model_config import ModelConfig
+from vitcli.model_config import HEADS, ModelConfig
 from vitcli.pretrained import Pretrained
 from vitcli.weights.files import RawWeights
 from vitcli.weights.layout import (
@@ -65,6 +66,7 @@ LAYERS = {
     "norm": ["layernorm"],
     "pre_logits": ["pooler.dense"],
     "head": ["classifier"],
+    "head_dist": ["distillation_classifier"],
 }
 BLOCK_LAYERS = {
     "norm1": ["layernorm_before"],
@@ -129,8 +131,12 @@ def replaced(name: str, patterns: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def names_of(depth: int) -> dict[str, list[str]]:
-    """Return Hugging Face's names on disk, without the model's prefix, of each tensor of ours; three are a `qkv`."""
+def names_of(depth: int, *, distilled: bool) -> dict[str, list[str]]:
+    """Return Hugging Face's names on disk, without the model's prefix, of each tensor of ours; three are a `qkv`.
+
+    Args:
+        distilled: whether a head reads the distillation token, which is a register else.
+    """
     layers = LAYERS | {
         f"blocks.{number}.{own}": [f"encoder.layer.{number}.{part}" for part in theirs]
         for number in range(depth)
@@ -138,7 +144,7 @@ def names_of(depth: int) -> dict[str, list[str]]:
     }
     return {
         "cls_token": ["embeddings.cls_token"],
-        "reg_token": ["embeddings.distillation_token"],
+        "dist_token" if distilled else "reg_token": ["embeddings.distillation_token"],
         "pos_embed": ["embeddings.position_embeddings"],
         **{
             f"{own}.{leaf}": [f"{part}.{leaf}" for part in theirs]
@@ -154,14 +160,14 @@ def read_vit(raw: RawWeights, path: Path, tensors: dict[str, Tensor], said: dict
         notes.append("no config.json beside the file: took Hugging Face's defaults, an exact GELU and an epsilon of 1e-12")
     if tensors.pop("embeddings.mask_token", None) is not None:
         notes.append("left out the mask token, which is for pretraining alone")
-    if tensors.pop("distillation_classifier.weight", None) is not None:
+    distilled = {"classifier.weight", "distillation_classifier.weight", "embeddings.distillation_token"} <= tensors.keys()
+    if not distilled and tensors.pop("distillation_classifier.weight", None) is not None:
         tensors.pop("distillation_classifier.bias", None)
         notes.append(
-            "a DeiT: its distillation token is kept, as a register, but the head on it is left out: the logits are those of "
-            "the class token's head, where DeiTForImageClassificationWithTeacher averages both"
+            "a DeiT without the class token's head: its distillation token is kept, as a register, and the head on it left out"
         )
     depth = blocks_in(tensors, "encoder.layer.")
-    names = names_of(depth)
+    names = names_of(depth, distilled=distilled)
     state = {}
     for own, theirs in names.items():
         parts = [tensors[name] for name in theirs if name in tensors]
@@ -184,6 +190,7 @@ def read_vit(raw: RawWeights, path: Path, tensors: dict[str, Tensor], said: dict
         "mlp_dim": mlp_dim,
         "num_heads": heads if type(heads) is int else heads_of(width, depth, mlp_dim, notes, path),
         "representation_size": rows_of(state["pre_logits.weight"]) if "pre_logits.weight" in state else None,
+        "distill_token": distilled,
         "gelu": ACTIVATIONS[activation],
         "layer_norm_eps": eps if isinstance(eps, float) else LAYER_NORM_EPS,
     }
@@ -205,7 +212,7 @@ def read_vit(raw: RawWeights, path: Path, tensors: dict[str, Tensor], said: dict
             # What nobody reads and has a position is a register, and their sum its value.
             state["reg_token"] = state["reg_token"].float() + positions[:, 1:2].float()
             state["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
-    patches = tokens_in(state["pos_embed"], path) - 1 if "pos_embed" in state else 0
+    patches = tokens_in(state["pos_embed"], path) - 1 - int(distilled) if "pos_embed" in state else 0
     image_size = grid_of(patches, [pair_of(said.get("image_size"))], stride_of(section), path)
     return assemble(
         raw,
@@ -358,7 +365,7 @@ def check(pretrained: Pretrained) -> ModelConfig:
             *unusual(model),
             "ResNet before the Transformer" if model.resnet_units is not None else None,
             "head but on a class token" if model.pool != "token" else None,
-            "registers (but for one, a DeiT's)" if model.registers > 1 else None,
+            "registers (but for one, a DeiT's)" if model.registers + model.distill_token > 1 else None,
             "LayerScale" if model.layer_scale else None,
             "norm of queries and keys" if model.qk_norm else None,
             "hidden layer before the head (pre_logits)" if model.representation_size else None,
@@ -381,16 +388,18 @@ def export_huggingface(pretrained: Pretrained) -> dict[str, Tensor]:
     patches = height * width // (model.patch_size or 1) ** 2
     positions = positions_of(pretrained)
     if positions is None:
-        positions = state["cls_token"].new_zeros(1, 1 + patches, model.width or 1)
+        positions = state["cls_token"].new_zeros(1, 1 + int(model.distill_token) + patches, model.width or 1)
     if model.registers:
         positions = torch.cat([positions[:, :1], torch.zeros_like(positions[:, :1]), positions[:, 1:]], dim=1)
     state["pos_embed"] = positions
-    prefix = "deit." if model.registers else "vit."
+    prefix = "deit." if model.registers or model.distill_token else "vit."
     result = {}
-    for own, theirs in names_of(model.depth or 0).items():
+    for own, theirs in names_of(model.depth or 0, distilled=model.distill_token).items():
         if own in state:
             for name, part in zip(theirs, state[own].chunk(len(theirs)), strict=True):
-                result[name if name.startswith("classifier.") else prefix + name] = part.contiguous()
+                is_head = own.partition(".")[0] in HEADS
+                name = f"cls_{name}" if model.distill_token and own.startswith("head.") else name
+                result[name if is_head else prefix + name] = part.contiguous()
     return result
 
 
@@ -426,9 +435,10 @@ def huggingface_config(pretrained: Pretrained) -> dict[str, Any]:
             **labels,
         }
     height, width = pretrained.preprocessing["image_size"]
+    kind = "DeiT" if model.registers or model.distill_token else "ViT"
     return {
-        "architectures": ["DeiTForImageClassification" if model.registers else "ViTForImageClassification"],
-        "model_type": "deit" if model.registers else "vit",
+        "architectures": [f"{kind}ForImageClassification{'WithTeacher' if model.distill_token else ''}"],
+        "model_type": kind.lower(),
         "hidden_size": model.width,
         "num_hidden_layers": model.depth,
         "num_attention_heads": model.num_heads,

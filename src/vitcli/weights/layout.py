@@ -278,7 +278,7 @@ def positions_of(pretrained: Pretrained) -> Tensor | None:
         height, width = pretrained.preprocessing["image_size"]
         side = stride_of(pretrained.model)
         positions = sincos2d_positions(grid_size=(height // side, width // side), width=model.width)
-        first = positions.new_zeros(1, int(model.pool == "token"), model.width)
+        first = positions.new_zeros(1, int(model.pool == "token") + int(model.distill_token), model.width)
         return torch.cat([first, positions], dim=1)
     if model.pos_embed == "learned2d":
         positions = learned2d_positions(state["pos_embed_rows"], state["pos_embed_columns"])

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
-from vitcli.model_config import ModelConfig, resolve_model, stem_stride
+from vitcli.model_config import HEADS, ModelConfig, resolve_model, stem_stride
 from vitcli.models import Model
 from vitcli.models.vit import VisionTransformer
 from vitcli.pretrained import Pretrained
@@ -143,7 +143,7 @@ def load_weights(
 
     Args:
         state: tensors by the model's names.
-        reset_head: keep the model's initial `head`, whatever the weights hold, and drop or keep initial `pre_logits` where
+        reset_head: keep the model's initial heads, whatever the weights hold, and drop or keep initial `pre_logits` where
             only one side has it. Otherwise both must be there and fit.
         old_grid: (rows, columns) of patches the weights were trained with; None for a square.
         method: as for `resize_pos_embed`.
@@ -162,8 +162,8 @@ def load_weights(
         del source[name]
     allowed_new = set() if same else set(mine)
     if reset_head:
-        without_head = [name for name in source if is_layer(name, "head") or (is_layer(name, "pre_logits") and name not in own)]
-        allowed_new |= {name for name in own if is_layer(name, "head") or (is_layer(name, "pre_logits") and name not in source)}
+        without_head = [name for name in source if is_head(name) or (is_layer(name, "pre_logits") and name not in own)]
+        allowed_new |= {name for name in own if is_head(name) or (is_layer(name, "pre_logits") and name not in source)}
         for name in without_head:
             del source[name]
         dropped = [*without_head, *dropped]
@@ -208,7 +208,7 @@ def load_weights(
             )
         faults = [("missing", missing), ("not in the model", extra), ("of another shape", reshaped)]
         detail = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in faults if names)
-        head_only = all(is_layer(name, "head") or is_layer(name, "pre_logits") for name in missing + extra + reshaped)
+        head_only = all(is_head(name) or is_layer(name, "pre_logits") for name in missing + extra + reshaped)
         advice = "start with a new head" if head_only else "use the model settings these weights were trained with"
         raise CheckpointError(f"weights do not fit the model: {detail}; {advice}")
 
@@ -324,6 +324,11 @@ def in_a_line(error: Exception) -> str:
 def is_layer(name: str, layer: str) -> bool:
     """Tell whether a tensor belongs to the top-level layer; reads "head.weight" and error lines that start so."""
     return name.startswith(f"{layer}.")
+
+
+def is_head(name: str) -> bool:
+    """Tell whether a tensor belongs to a layer that gives logits."""
+    return any(is_layer(name, head) for head in HEADS)
 
 
 def layers(names: list[str]) -> list[str]:

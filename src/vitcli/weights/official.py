@@ -428,6 +428,7 @@ def official_problem(model: ModelConfig, image_size: tuple[int, int]) -> str | N
             "pos_embed": ("learned", "sincos2d"),
             "pos_embed_at": ("stem",),
             "attention": ("full",),
+            "distill_token": (False,),
             "registers": (0,),
             "layer_scale": (None,),
             "qk_norm": (False,),

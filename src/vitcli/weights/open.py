@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitcli.checkpoint import MANIFEST, MODEL, MOST_HEADER_BYTES, OPTIMIZER, STEP_NAME, load_weights_file
 from vitcli.errors import CheckpointError
-from vitcli.model_config import model_problem
+from vitcli.model_config import HEADS, model_problem
 from vitcli.models import build_model
 from vitcli.pretrained import Pretrained
 from vitcli.weights.files import RawWeights, read_tensors, weights_file_in
@@ -122,7 +122,7 @@ def check_whole(pretrained: Pretrained) -> None:
             section, image_size=(height, width), num_classes=len(pretrained.classes) or 1
         ).state_dict()
     if not pretrained.classes:
-        own = {name: tensor for name, tensor in own.items() if not name.startswith("head.")}
+        own = {name: tensor for name, tensor in own.items() if name.partition(".")[0] not in HEADS}
     state = pretrained.state
     reshaped = [
         f"{name} {shape_of(state[name])} where {shape_of(own[name])} belongs"

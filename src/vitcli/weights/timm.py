@@ -1,8 +1,8 @@
 """timm's Vision Transformers, hybrids, distilled DeiTs and BiT ResNets: read, and written with timm's own config.json.
 
 Our names are timm's, so little has to be renamed. What differs: timm may give the class token no position and registers one,
-has a second token in a distilled DeiT, and may average the patches of a model that also has a class token. A token that
-nobody reads and that has a position is a register whose value is their sum, so all of these are read exactly. Numbers that no
+and may average the patches of a model that also has a class token. A token that nobody reads and that has a position is a
+register whose value is their sum, so all of these are read exactly. Numbers that no
 tensor holds (GELU, epsilons, preprocessing) come from the config.json beside the file, else from timm's defaults.
 Sources: timm's vision_transformer.py, deit.py, resnetv2.py and _hub.py.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitcli.errors import CheckpointError
-from vitcli.model_config import RESNET_UNITS, ModelConfig
+from vitcli.model_config import HEADS, RESNET_UNITS, ModelConfig
 from vitcli.pretrained import Pretrained
 from vitcli.weights.files import RawWeights
 from vitcli.weights.layout import (
@@ -69,6 +69,7 @@ HYBRIDS = {
 RESNETS = {(50, 1), (50, 3), (101, 1), (101, 3), (152, 2), (152, 4)}  # layers and width factor, likewise
 # width, depth, patch side: names of timm's for plain sizes; any other is vit_base with arguments
 NAMES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
+DISTILLED = ("tiny", "small", "base")  # sizes of a distilled DeiT by name
 NAMED_PATCHES = {"tiny": (16,), "small": (16, 32, 8), "base": (16, 32, 8, 14), "large": (16, 32, 14), "huge": (14,)}
 
 
@@ -144,12 +145,14 @@ def read_vit(raw: RawWeights, path: Path, tensors: dict[str, Tensor], said: dict
             f"norm.{leaf}": tensors.pop(f"fc_norm.{leaf}") for leaf in ("weight", "bias") if f"fc_norm.{leaf}" in tensors
         }
     distilled = "dist_token" in tensors
+    heads = [f"{head}.weight" in tensors for head in HEADS]
+    section["distill_token"] = distilled and pool == "token" and "cls_token" in tensors and heads[0] == heads[1]
     image_size = fold_tokens(tensors, section, said, stride_of(section), path, notes)
-    if tensors.pop("head_dist.weight", None) is not None:
+    if not section["distill_token"] and tensors.pop("head_dist.weight", None) is not None:
         tensors.pop("head_dist.bias", None)
         notes.append(
-            "a distilled DeiT: its distillation token is kept, as a register, but the head on it is left out: the logits are "
-            "those of the class token's head, where timm averages both"
+            "a distilled DeiT without the class token's head: its distillation token is kept, as a register, and the head on "
+            "it is left out"
         )
     return assemble(
         raw,
@@ -177,7 +180,8 @@ def fold_tokens(
     """
     before = [name for name in ("cls_token", "dist_token", "reg_token") if name in tensors]
     count = sum(tokens_in(tensors[name], path) for name in before)
-    kept = int(section["pool"] == "token" and "cls_token" in before)  # tokens that stay as they are, with their position
+    # tokens that stay as they are, with their position
+    kept = int(section["pool"] == "token" and "cls_token" in before) + section["distill_token"]
     positions = tensors.pop("pos_embed", None)
     widths = {tensor.shape[-1] for tensor in (positions, *(tensors[name] for name in before)) if tensor is not None}
     if widths - {section["width"]}:
@@ -362,8 +366,11 @@ def export_timm(pretrained: Pretrained) -> dict[str, Tensor]:
     positions = positions_of(pretrained)
     for name in ("pos_embed_prefix", "pos_embed_rows", "pos_embed_columns"):
         state.pop(name, None)
+    if positions is None and model.distill_token:  # timm's distilled models always have some
+        tokens = 2 + math.prod(pretrained.preprocessing["image_size"]) // stride_of(pretrained.model) ** 2
+        positions = state["cls_token"].new_zeros(1, tokens, model.width or 1)
     if positions is not None:
-        first = int(model.pool == "token")
+        first = int(model.pool == "token") + int(model.distill_token)
         none = positions.new_zeros(1, model.registers, positions.shape[2])  # timm's registers have positions where classes do
         state["pos_embed"] = torch.cat([positions[:, :first], none, positions[:, first:]], dim=1)
     if model.resnet_units == ():
@@ -393,7 +400,7 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
             "class_token": model.pool == "token",
             "global_pool": {"token": "token", "gap": "avg", "map": "map"}[model.pool],
             "fc_norm": False,
-            "pos_embed": "none" if model.pos_embed == "none" else "learn",
+            "pos_embed": "none" if model.pos_embed == "none" and not model.distill_token else "learn",
             "no_embed_class": False,
             "reg_tokens": model.registers,
             "qk_norm": model.qk_norm,
@@ -422,7 +429,7 @@ def timm_config(pretrained: Pretrained) -> dict[str, Any]:
             "num_classes": len(pretrained.classes),
             **preprocessing,
             "first_conv": first_conv,
-            "classifier": classifier,
+            "classifier": list(HEADS) if model.distill_token else classifier,
         },
     }
     if model.kind == "vit":
@@ -465,6 +472,8 @@ def check(pretrained: Pretrained, model: ModelConfig) -> None:
             *unusual(model),
             "hidden layer before the head (pre_logits)" if model.representation_size else None,
             None if known else "hybrid with such a ResNet",
+            "hybrid with a distillation token" if hybrid and model.distill_token else None,
+            "registers beside a distillation token" if model.registers and model.distill_token else None,
         ],
     )
 
@@ -486,6 +495,8 @@ def architecture(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     if model.resnet_units is not None:
         return HYBRIDS[model.resnet_units], {}
     size = NAMES.get((model.width or 0, model.depth or 0), "base")
+    if model.distill_token:
+        return f"deit_{size if size in DISTILLED else 'base'}_distilled_patch16_224", {}
     patch = model.patch_size if model.patch_size in NAMED_PATCHES[size] else NAMED_PATCHES[size][0]
     return f"vit_{size}_patch{patch}_224", {}
 

@@ -137,6 +137,7 @@ def export_torchvision(pretrained: Pretrained) -> dict[str, Tensor]:
             "ResNet before the Transformer" if model.resnet_units is not None else None,
             *unusual(model),
             "head but on a class token" if model.pool != "token" else None,
+            "distillation token" if model.distill_token else None,
             "registers" if model.registers else None,
             "LayerScale" if model.layer_scale else None,
             "norm of queries and keys" if model.qk_norm else None,

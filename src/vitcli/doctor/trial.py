@@ -23,7 +23,6 @@ from vitcli.data.transforms import TrainTransform
 from vitcli.device import flops_per_second
 from vitcli.distributed import States
 from vitcli.doctor.checks import Check, Issue, gather
-from vitcli.errors import DataError
 from vitcli.fit import Job, start_state
 from vitcli.step import train_step
 
@@ -170,24 +169,22 @@ def loader_speed(job: Job, *, images: int) -> float:
         return images_per_second(lambda: next(stream), images=images)
 
 
-def measure_loader(job: Job, *, images: int) -> Speeds | None:
-    """Measure the loader stage by stage; None where an image that the run would pass over cannot be read."""
+def measure_loader(job: Job, *, images: int) -> Speeds:
+    """Measure the loader stage by stage."""
     config = job.config
-    try:
-        return measure_stages(
-            job.train_source,
-            augment=config.augment,
-            image_size=config.data.image_size,
-            order=build_order(job.train_source, config.data, seed=config.seed),
-            workers=config.data.workers or 0,
-            batch_size=images,
-            seconds=STAGE_SECONDS,
-            seed=config.seed,
-        )
-    except DataError:
-        if config.data.on_error != "skip":
-            raise
-        return None
+    return measure_stages(
+        job.train_source,
+        augment=config.augment,
+        image_size=config.data.image_size,
+        order=build_order(job.train_source, config.data, seed=config.seed),
+        workers=config.data.workers or 0,
+        batch_size=images,
+        seconds=STAGE_SECONDS,
+        seed=config.seed,
+        on_error=config.data.on_error,
+        skip_limit=config.data.skip_limit,
+        warn=lambda text: None,
+    )
 
 
 def bytes_of(states: States) -> int:

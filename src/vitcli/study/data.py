@@ -41,9 +41,10 @@ def open_all(
             if variant in opened:
                 check_same_images(opened[variant][1], run, places, family=family)
                 continue
-            images = run.data.model_dump_json(include={*SAME_IMAGES, "image_size", "root", "on_error"})
+            labels = run.objective.needs_labels
+            images = f"{labels} {run.data.model_dump_json(include={*SAME_IMAGES, 'image_size', 'root', 'on_error'})}"
             if images not in known:
-                known[images] = open_upstream(run.data, needs_data=needs_data, say=say)
+                known[images] = open_upstream(run.data, labels=labels, needs_data=needs_data, say=say)
             opened[variant] = (known[images], run)
             if known[images].problem is None and known[images].train_examples < size:
                 corpus = run.data.source.partition(":")[0]
@@ -66,20 +67,20 @@ def check_same_images(first: Config, run: Config, places: Layers, *, family: str
             )
 
 
-def open_upstream(data: DataConfig, *, needs_data: bool, say: Say) -> Upstream:
-    """Open both splits of the pretraining set, without decoding it."""
+def open_upstream(data: DataConfig, *, labels: bool, needs_data: bool, say: Say) -> Upstream:
+    """Open both splits of the pretraining set, without decoding it; `labels`: whether its images need them."""
     whole = data.model_copy(update={"examples": None, "dev_fraction": None, "memory_cache_gib": 0.0})
     try:
         if not needs_data:
             refuse_download([data.source, data.val_source or data.source], data.root)
-        train = open_source(data.source, split="train", data=whole)
-        val = open_source(data.val_source or data.source, split="val", data=whole)
+        train = open_source(data.source, split="train", data=whole, labels=labels)
+        val = open_source(data.val_source or data.source, split="val", data=whole, labels=labels)
     except DataError as error:
         if needs_data:
             raise
         say(f"note: {error}; operations are without those of the head")
         return Upstream(0, FEW, 1, problem=str(error))
-    return Upstream(len(train), len(val), len(train.classes))
+    return Upstream(len(train), len(val), len(train.classes) if labels else 0)
 
 
 def open_transfer(config: StudyConfig, data: DataConfig, *, needs_data: bool, say: Say) -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor
 
 from vitcli.checkpoint import load_checkpoint
@@ -647,9 +648,31 @@ def test_the_loss_curve_of_two_processes_is_that_of_one(together: Path, alone: P
 
 
 @pytest.mark.slow
+def test_looking_while_two_processes_train_changes_nothing_and_is_written_once(tmp_path: Path, together: Path) -> None:
+    finish(start(command(tmp_path, "log.inspect_every_steps=25")))
+    assert_same_bits(final(tmp_path), final(together))
+    assert [row["loss"] for row in rows(tmp_path, "train")] == [row["loss"] for row in rows(together, "train")]
+    assert_looked_at(tmp_path, steps=[25, 50])
+    assert rows(together, "inspect") == []
+
+
+def assert_looked_at(folder: Path, *, steps: list[int]) -> None:
+    """Check that one process, and no other, wrote the figures of these steps."""
+    found = rows(folder, "inspect")
+    assert [row["step"] for row in found] == steps
+    events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["images"] if tag.startswith("inspect/")]
+    assert len(tags) == found[-1]["figures"]
+    assert all([event.step for event in events.Images(tag)] == steps for tag in tags)
+
+
+@pytest.mark.slow
 def test_sharded_training_is_that_of_one(tmp_path: Path, alone: Path) -> None:
-    finish(start(command(tmp_path, "train.parallel=fsdp", "train.activation_checkpointing=true")))
+    words = ("train.parallel=fsdp", "train.activation_checkpointing=true", "log.inspect_every_steps=50")
+    finish(start(command(tmp_path, *words)))
     assert_same_curve(tmp_path, alone)
+    assert_looked_at(tmp_path, steps=[50])
     plain = build_like(tmp_path)
     plain.load_state_dict(final(tmp_path).model)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from vitcli.checkpoint import load_checkpoint
 from vitcli.errors import CheckpointError, DataError, Interrupted
 from vitcli.opened import open_model
+from vitcli.report import write_report
 from vitcli.train import finetune, pretrain
 
 CONFIG = """
@@ -117,6 +118,14 @@ def test_there_is_no_classifier_to_evaluate_but_features_to_read(whole: Path) ->
         open_model(whole, say=quiet)
     opened = open_model(whole, head=False, say=quiet)
     assert opened.model.features(torch.zeros(1, 3, 16, 16, device=opened.device)).shape == (1, 32)
+
+
+def test_its_report_asks_for_no_predictions(whole: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    path = write_report(whole, out=tmp_path / "a.html", data_root=None, mistakes=4, stored_only=False, say=said.append)
+    page = path.read_text()
+    assert not said and "redictions" not in page
+    assert "share of hidden patches whose colour is right" in page
 
 
 def test_a_run_starts_from_another_objectives_weights(whole: Path, tmp_path: Path) -> None:

@@ -229,9 +229,7 @@ def preview(
     from vitcli.data_commands import preview_data
 
     words = as_overrides(overrides, data__root=data_root)
-    sheet = preview_data(
-        source, config, words, out=out, augmented=augmented, rows=rows, columns=columns, unlabelled=unlabelled
-    )
+    sheet = preview_data(source, config, words, out=out, augmented=augmented, rows=rows, columns=columns, unlabelled=unlabelled)
     say(sheet)
 
 

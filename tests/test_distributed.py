@@ -572,7 +572,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
-    output = process.communicate(timeout=180)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == code, output
     return output
 

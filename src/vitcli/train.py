@@ -31,7 +31,7 @@ from vitcli.plan import build_plan, describe, resolve, tune
 from vitcli.pretrained import Pretrained
 from vitcli.recipes import OWN, finetune_recipe
 from vitcli.recovery import ROLLBACKS
-from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
+from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, without_places, write_json, write_text
 from vitcli.weights import LoadReport, check_architecture, load_start
 from vitcli.weights.files import FOLDER_NAMES
 from vitcli.weights.load import differing_settings, section_of
@@ -310,7 +310,8 @@ def refuse_other(out: Path, config: Config) -> None:
     free = {"out", *keys_free_to_change(Config)}
     if config.train.early_stop_evals is not None:
         free.remove("log.best_metric")  # the run ends by it
-    differing = [key for key in differing_keys(before, now) if key not in free]
+    # data that has moved is known by its fingerprint, once it is opened
+    differing = [key for key in differing_keys(without_places(before), without_places(now)) if key not in free]
     if differing:
         said = ", ".join(
             f"{key} ({json.dumps(value_at(before, key))} there, {json.dumps(value_at(now, key))} now)" for key in differing[:6]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from vitcli.checkpoint import load_checkpoint
+from vitcli.compare import compare_runs
 from vitcli.errors import CheckpointError, DataError, Interrupted
 from vitcli.opened import open_model
 from vitcli.report import write_report
@@ -125,6 +126,8 @@ def test_its_report_asks_for_no_predictions(whole: Path, tmp_path: Path) -> None
     path = write_report(whole, out=tmp_path / "a.html", data_root=None, mistakes=4, stored_only=False, say=said.append)
     page = path.read_text()
     assert not said and "redictions" not in page
+    pair = compare_runs([whole, whole], out=None, data_root=None, say=said.append)["pairs"][0]
+    assert not said and pair["why"].endswith("it learned without labels, so it gives no answers")
     assert "share of hidden patches whose colour is right" in page
 
 

@@ -30,7 +30,7 @@ ConfigFile = Annotated[
 ]
 Split = Annotated[WhichSplit, typer.Option("--split", help="which part of the source")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="processes; default one for each core", show_default=False)]
-Unlabelled = Annotated[bool, typer.Option("--unlabelled", help="the images need be in no classes")]
+Unlabelled = Annotated[bool, typer.Option("--unlabelled", help="take images that are in no classes, too")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")]
 
 

@@ -20,7 +20,8 @@ from scipy.fft import dct
 from vitcli.config import DataConfig
 from vitcli.data.check import CheckedSet, Report, check
 from vitcli.data.duplicates import correlate, linked_groups, perceptual_hash, similar_pairs, thumbnails
-from vitcli.data.examine import IndexReader, read_folder
+from vitcli.data.examine import IndexReader
+from vitcli.data.examine_folders import read_folder
 from vitcli.data.examine_shards import read_shards
 from vitcli.data.sources import open_source
 from vitcli.errors import DataError

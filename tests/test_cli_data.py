@@ -278,6 +278,19 @@ def test_bench_measures_each_stage(photos: Path, tmp_path: Path, words: list[str
         assert "images/s" in table.stdout and "bottleneck: " in table.stdout
 
 
+def test_bench_passes_over_what_training_would(photos: Path, tmp_path: Path) -> None:
+    (photos / "train" / "ant" / "0.png").write_bytes(b"")
+    words = ("data", "bench", "folder:photos", "data.memory_cache_gib=0", "data.image_size=16", "--workers", "0")
+    options = ("--batch-size", "9", "--seconds", "0.1")
+    ended = vit(*words, *options, cwd=tmp_path)
+    assert ended.returncode == 2 and "ant/0.png" in ended.stderr
+    result = vit(*words, *options, "data.on_error=skip", cwd=tmp_path)
+    assert result.returncode == 0 and "bottleneck: " in result.stdout, result.stderr
+    assert result.stderr.count("takes the place of one that cannot be read (1 of at most") == 1
+    too_many = vit(*words, *options, "data.on_error=skip", "data.skip_limit=0", cwd=tmp_path)
+    assert too_many.returncode == 2 and "ant/0.png" in too_many.stderr
+
+
 @pytest.mark.parametrize(
     ("read", "decode", "augment", "hand_over", "named"),
     [

@@ -141,6 +141,8 @@ def test_what_a_layout_has_no_place_for_is_said(tmp_path: Path) -> None:
 def test_a_folder_for_hugging_face_keeps_names_and_preprocessing(tmp_path: Path) -> None:
     said: list[str] = []
     convert(made(tmp_path), tmp_path / "folder", say=said.append)
+    parameters = sum(tensor.numel() for tensor in open_weights(tmp_path / "folder").state.values())
+    assert f"{parameters:,} parameters" in said[0]
     assert [line for line in said if line.startswith("note: ")] == []
     assert contents(tmp_path / "folder") == {"config.json", "model.safetensors", "preprocessor_config.json"}
     back = open_weights(tmp_path / "folder")

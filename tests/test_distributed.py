@@ -1,6 +1,6 @@
 """Two processes (gloo) against one: the same losses, states and evaluation, and one end when either meets a problem.
 
-Run as a script, this file is what each of two processes does: all `check_*` functions, one after the other.
+Run as a script, this file is what each of two processes does: all `check_*` functions, one after the other, then a whole run.
 """
 
 import json
@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor
 
 from vitcli.checkpoint import load_checkpoint
@@ -364,16 +365,26 @@ def work(folder: Path, what: str) -> None:
                 break
         ranks.any(False)
         (folder / f"{ranks.rank}.json").write_text(json.dumps(said))
+    if what == "checks" and not said:
+        os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]  # the first one's store may still be there
+        pretrain_briefly(folder)
+
+
+def pretrain_briefly(folder: Path) -> None:
+    """Do as `vit pretrain`, in as many processes as the environment says."""
+    pretrain(folder / "tiny.yaml", [f"out={folder / 'run'}", *BRIEF], dry_run=False, say=lambda text: None)
 
 
 def processes(folder: Path, what: str, count: int = 2) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as free, socket.socket() as other:
+        for each in (free, other):
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in (free, other)]
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(ports[0]),
+        "SECOND_PORT": str(ports[1]),
         "WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": "1",
     }
@@ -392,12 +403,19 @@ def processes(folder: Path, what: str, count: int = 2) -> list[subprocess.Popen[
 
 @pytest.mark.parametrize(("what", "count"), [pytest.param("checks", 2), pytest.param("resume", 3, marks=pytest.mark.slow)])
 def test_several_processes_do_what_one_does(tmp_path: Path, what: str, count: int) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
     outputs = [process.communicate(timeout=300)[0] for process in processes(tmp_path, what, count)]
     for rank, output in enumerate(outputs):
         report = tmp_path / f"{rank}.json"
         assert report.exists(), output
         failed = json.loads(report.read_text())
         assert not failed, "\n".join(f"rank {rank}, {name}:\n{text}" for name, text in failed.items())
+    if what == "checks":
+        assert (tmp_path / "run" / "summary.json").exists(), "\n".join(outputs)
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "alone" / "tiny.yaml").write_text(CONFIG)
+        pretrain_briefly(tmp_path / "alone")
+        assert_same_run(tmp_path, tmp_path / "alone", steps=BRIEF_STEPS)
 
 
 @pytest.mark.slow
@@ -552,6 +570,8 @@ optim: {lr: 2e-3, weight_decay: 0.05}
 train: {steps: 50, batch_size: 25, micro_batch_size: 7, precision: float32, ema_decay: 0.9, tune: false}
 log: {log_every_steps: 1, eval_every_steps: 25, checkpoint_every_steps: 10}
 """  # micro-batches of 14 and 11 over two ranks: shares differ
+BRIEF_STEPS = 12
+BRIEF = (f"train.steps={BRIEF_STEPS}", "log.eval_every_steps=6")  # and two checkpoints
 
 
 def command(folder: Path, *overrides: str, count: int = 2, torchrun: tuple[str, ...] = ()) -> list[str]:
@@ -571,7 +591,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
-    output = process.communicate(timeout=180)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == code, output
     return output
 
@@ -604,8 +624,8 @@ def process_of(rank: int, launcher: subprocess.Popen[str]) -> int:
     raise AssertionError(f"no rank {rank}")
 
 
-def final(folder: Path) -> States:
-    saved = load_checkpoint(folder / "run" / "checkpoints" / "step_00000050")
+def final(folder: Path, *, steps: int = 50) -> States:
+    saved = load_checkpoint(folder / "run" / "checkpoints" / f"step_{steps:08d}")
     return States(saved.model_state, saved.optimizer_state, saved.ema_state)
 
 
@@ -638,18 +658,45 @@ def assert_same_curve(folder: Path, alone: Path) -> None:
     )
 
 
-def test_the_loss_curve_of_two_processes_is_that_of_one(together: Path, alone: Path) -> None:
-    assert len(rows(alone, "train")) == 50
-    assert_same_curve(together, alone)
-    accuracies = [[row["top1"] for row in rows(folder, "eval")] for folder in (together, alone)]
+def assert_same_run(folder: Path, alone: Path, *, steps: int) -> None:
+    assert len(rows(alone, "train")) == steps
+    assert_same_curve(folder, alone)
+    accuracies = [[row["top1"] for row in rows(each, "eval")] for each in (folder, alone)]
     assert accuracies[0] == accuracies[1]
-    assert_close(final(together), final(alone), atol=1e-3)
+    assert_close(final(folder, steps=steps), final(alone, steps=steps), atol=1e-3)
+
+
+@pytest.mark.slow  # the default suite has a shorter one, without torchrun
+def test_the_loss_curve_of_two_processes_is_that_of_one(together: Path, alone: Path) -> None:
+    assert_same_run(together, alone, steps=50)
+
+
+@pytest.mark.slow
+def test_looking_while_two_processes_train_changes_nothing_and_is_written_once(tmp_path: Path, together: Path) -> None:
+    finish(start(command(tmp_path, "log.inspect_every_steps=25")))
+    assert_same_bits(final(tmp_path), final(together))
+    assert [row["loss"] for row in rows(tmp_path, "train")] == [row["loss"] for row in rows(together, "train")]
+    assert_looked_at(tmp_path, steps=[25, 50])
+    assert rows(together, "inspect") == []
+
+
+def assert_looked_at(folder: Path, *, steps: list[int]) -> None:
+    """Check that one process, and no other, wrote the figures of these steps."""
+    found = rows(folder, "inspect")
+    assert [row["step"] for row in found] == steps
+    events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["images"] if tag.startswith("inspect/")]
+    assert len(tags) == found[-1]["figures"]
+    assert all([event.step for event in events.Images(tag)] == steps for tag in tags)
 
 
 @pytest.mark.slow
 def test_sharded_training_is_that_of_one(tmp_path: Path, alone: Path) -> None:
-    finish(start(command(tmp_path, "train.parallel=fsdp", "train.activation_checkpointing=true")))
+    words = ("train.parallel=fsdp", "train.activation_checkpointing=true", "log.inspect_every_steps=50")
+    finish(start(command(tmp_path, *words)))
     assert_same_curve(tmp_path, alone)
+    assert_looked_at(tmp_path, steps=[50])
     plain = build_like(tmp_path)
     plain.load_state_dict(final(tmp_path).model)
 

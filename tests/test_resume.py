@@ -73,39 +73,21 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = folder / "tiny.yaml"
     config.write_text(CONFIG)
-    process = start(config, folder / "run")
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
+    pretrain(config, [f"out={folder / 'run'}"], dry_run=False, say=lambda text: None)
     return folder / "run"
 
 
-@pytest.mark.parametrize("workers_of", [(2,), pytest.param((0, 2, 3), marks=pytest.mark.slow)], ids=["once", "three-times"])
-def test_killed_at_random_points_and_resumed_with_other_worker_counts(
-    uninterrupted: Path, tmp_path: Path, workers_of: tuple[int, ...]
-) -> None:
-    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(CONFIG)
-    chance = random.Random(20261122)
-    points = sorted(chance.sample(range(2, STEPS - 2), len(workers_of)))  # test_faults.py has many more
-    for point, workers in zip(points, workers_of, strict=True):
-        process = start(config, out, f"data.workers={workers}")
-        wait_for(process, out, point)
-        time.sleep(chance.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    process = start(config, out, "data.workers=1")
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    assert "resuming" in output
-    assert tensors(out) == tensors(uninterrupted)
-    assert rows(out) == rows(uninterrupted)
+def kill(config: Path, out: Path, *, step: int, workers: int) -> None:
+    """Start the command and kill it about when it has done a step."""
+    process = start(config, out, f"data.workers={workers}")
+    wait_for(process, out, step)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
-def test_a_signal_saves_first_and_the_same_command_goes_on(uninterrupted: Path, tmp_path: Path, signum: int, code: int) -> None:
-    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(CONFIG)
+def interrupt(config: Path, out: Path, *, signum: int, code: int) -> None:
+    """Start the command and end it by a signal that it can answer: it saves first, long before a checkpoint is due."""
     process = start(config, out, "log.checkpoint_every_steps=1000")
     wait_for(process, out, 10)
     process.send_signal(signum)
@@ -114,9 +96,44 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(uninterrupted: Path, 
     stopped_at = last_step(out)
     assert (out / "checkpoints" / f"step_{stopped_at:08d}" / "manifest.json").exists()
     assert f"step {stopped_at}, saved" in output
-    process = start(config, out)
+
+
+def go_on(config: Path, out: Path, *overrides: str) -> None:
+    """Give the command once more, and let it end."""
+    process = start(config, out, *overrides)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
+    assert "resuming" in output
+
+
+def test_interrupted_killed_and_resumed_with_other_worker_counts(uninterrupted: Path, tmp_path: Path) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(CONFIG)
+    interrupt(config, out, signum=signal.SIGINT, code=130)
+    kill(config, out, step=max(33, last_step(out) + 5), workers=2)
+    go_on(config, out, "data.workers=1")
+    assert tensors(out) == tensors(uninterrupted)
+    assert rows(out) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_resumed_with_other_worker_counts(uninterrupted: Path, tmp_path: Path) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(CONFIG)
+    points = sorted(random.Random(20261122).sample(range(2, STEPS - 2), 3))  # test_faults.py has many more
+    for point, workers in zip(points, (0, 2, 3), strict=True):
+        kill(config, out, step=point, workers=workers)
+    go_on(config, out, "data.workers=1")
+    assert tensors(out) == tensors(uninterrupted)
+    assert rows(out) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_the_signal_of_a_scheduler_saves_first(uninterrupted: Path, tmp_path: Path) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(CONFIG)
+    interrupt(config, out, signum=signal.SIGTERM, code=143)
+    go_on(config, out)
     assert tensors(out) == tensors(uninterrupted)
 
 

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.test_study_file import STUDY
-from vitcli.errors import RunExistsError
+from vitcli.errors import DataError, RunExistsError
 from vitcli.study.config import StudyConfig
 from vitcli.study.file import dump_study, read_study
 from vitcli.study.folder import problem_of_growth, refuse_other_study
+from vitcli.study.plan import Study, begin_cell, begin_study, plan_study
+from vitcli.train import pretrain
 
 
 def read(folder: Path, *words: str, text: str = STUDY) -> StudyConfig:
@@ -28,6 +32,7 @@ GROWTH = [
     (["title=Another", "compare=[narrow,wide]"], None),
     (["base.data.workers=0", "families.wide.log.keep_checkpoints=3"], None),
     (["base.optim.lr=2e-3"], r"base\.optim\.lr \(0\.001 there, 0\.002 now\)"),
+    (["base.data.source=folder:a/photos"], r"base\.data\.source"),
     (["base.augment.pad=2"], r"base\.augment\.pad \(null there, 2 now\)"),
     (["families.wide.model.width=48"], r"families\.wide\.model\.width"),
     (["families.tall={model: {depth: 2}}"], None),
@@ -115,3 +120,60 @@ def test_what_is_no_study_is_left_alone(tmp_path: Path) -> None:
     for place, said in ((file, "this is a file"), (run, "this is a run"), (strange, r"no study \(thesis\.tex")):
         with pytest.raises(RunExistsError, match=said):
             refuse_other_study(place, config)
+
+
+MOVED = """
+title: data that moves
+form: grid
+base:
+  data: {source: "folder:a/photos", image_size: 8, workers: 0}
+  model: {patch_size: 4, depth: 1, num_heads: 2}
+  train: {batch_size: 4, precision: float32, tune: false, device: cpu}
+  log: {sample_images: 0, checkpoint_every_steps: 1}
+families: {narrow: {model: {width: 8}}, wide: {model: {width: 16}}}
+sizes: [8]
+seeds: [0]
+length: {steps: 2}
+"""
+
+
+def test_moved_data_is_known_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        for number in range(6):
+            path = tmp_path / "a" / "photos" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(path)
+    Path("moved.yaml").write_text(MOVED)
+    there = ["base.data.source=folder:b/photos"]
+
+    def plan(*words: str) -> Study:
+        return plan_study(Path("moved.yaml"), words, out=Path("out"), say=lambda text: None)
+
+    def run(study: Study) -> list[str]:
+        cell, said = study.finals({})[0], list[str]()
+        begin_cell(study, cell)
+        pretrain(cell.folder / "settings.yaml", [f"out={cell.folder / 'run'}"], dry_run=False, say=said.append)
+        return said
+
+    began = plan()
+    begin_study(began)
+    run(began)
+    unfinished = began.finals({})[0].folder / "run"
+    (unfinished / "summary.json").unlink()
+    Path("a").rename("b")
+    with pytest.raises(DataError, match="no such folder"):
+        plan()
+    moved = plan(*there)
+    begin_study(moved)
+    assert any("resuming" in line for line in run(moved))
+    with pytest.raises(RunExistsError, match=r"base\.data\.source \(\"folder:photos\" there, \"folder:others\" now\)"):
+        plan("base.data.source=folder:b/others")
+    # other pictures of that name, for the study and for a run that it has begun
+    (unfinished / "summary.json").unlink()
+    Path("b/photos/ant/0.png").write_bytes(Path("b/photos/bee/0.png").read_bytes() + b"more")
+    with pytest.raises(RunExistsError, match=r"images of folder:b/photos are not those of folder:a/photos"):
+        plan(*there)
+    with pytest.raises(RunExistsError, match=r"images of folder:b/photos are not those the run began with"):
+        run(moved)

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.harness import vit
 from tests.test_study_file import STUDY
 from vitcli.config_file import load_config
 from vitcli.errors import ConfigError, DataError, RunExistsError
+from vitcli.models.flops import count_parameters
 from vitcli.study.cells import Cell, label
 from vitcli.study.plan import Group, Study, begin_cell, begin_study, plan_study
 from vitcli.study.words import describe_study
@@ -207,6 +209,19 @@ def test_a_variant_may_learn_without_labels(tmp_path: Path) -> None:
     assert unlabelled.training_flops != plain.training_flops
     with pytest.raises(ConfigError, match="objective.name is mae, but translate_px goes by the accuracy of a classifier"):
         plan(tmp_path, text + "translate_px: [1, 2]\n")
+
+
+def test_a_study_without_labels_needs_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "heap").mkdir()
+    for number in range(45):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / "heap" / f"{number}.png")
+    words = [f"base.data.source=folder:{tmp_path / 'heap'}", "base.objective.name=mae", "translate_px=[]"]
+    study = plan(tmp_path, PLAIN_GRID, words)
+    cell = study.finals({})[0]
+    encoder = count_parameters(study.settings(cell).model, image_size=(16, 16), num_classes=0)
+    assert cell.parameters == encoder and any("without labels" in line for line in describe_study(study))
+    with pytest.raises(DataError, match="no class folders"):
+        plan(tmp_path, PLAIN_GRID, words[:1])
 
 
 def test_too_few_images(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from vitcli.checkpoint import load_checkpoint
+from vitcli.compare import compare_runs
 from vitcli.errors import CheckpointError, DataError, Interrupted
 from vitcli.opened import open_model
+from vitcli.report import write_report
 from vitcli.train import finetune, pretrain
 
 CONFIG = """
@@ -117,6 +119,16 @@ def test_there_is_no_classifier_to_evaluate_but_features_to_read(whole: Path) ->
         open_model(whole, say=quiet)
     opened = open_model(whole, head=False, say=quiet)
     assert opened.model.features(torch.zeros(1, 3, 16, 16, device=opened.device)).shape == (1, 32)
+
+
+def test_its_report_asks_for_no_predictions(whole: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    path = write_report(whole, out=tmp_path / "a.html", data_root=None, mistakes=4, stored_only=False, say=said.append)
+    page = path.read_text()
+    assert not said and "redictions" not in page
+    pair = compare_runs([whole, whole], out=None, data_root=None, say=said.append)["pairs"][0]
+    assert not said and pair["why"].endswith("it learned without labels, so it gives no answers")
+    assert "share of hidden patches whose colour is right" in page
 
 
 def test_a_run_starts_from_another_objectives_weights(whole: Path, tmp_path: Path) -> None:

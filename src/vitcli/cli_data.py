@@ -30,6 +30,7 @@ ConfigFile = Annotated[
 ]
 Split = Annotated[WhichSplit, typer.Option("--split", help="which part of the source")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="processes; default one for each core", show_default=False)]
+Unlabelled = Annotated[bool, typer.Option("--unlabelled", help="take images that are in no classes, too")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")]
 
 
@@ -61,6 +62,7 @@ def pack(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the order in which images are written")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="decode every image that was written, not only a sample")] = False,
+    unlabelled: Unlabelled = False,
     jobs: Jobs = None,
     data_root: DataRoot = None,
     debug: Debug = False,
@@ -70,7 +72,7 @@ def pack(
     Files are stored as they are, byte for byte; pixels that lie in no file, and files that are neither JPEG nor PNG nor WebP,
     as PNG without loss. --resize encodes what it scales as JPEG of quality 95 where it was JPEG or WebP, else as PNG. Images
     are shuffled by the seed; the same command writes the same bytes. Interrupted, the same command goes on with the shards
-    that are missing.
+    that are missing. With --unlabelled, or a --config that learns without labels, images in no classes get no labels.
     """
     from vitcli.data_commands import pack_data
 
@@ -88,6 +90,7 @@ def pack(
         exclude=exclude,
         seed=seed,
         verify=verify,
+        unlabelled=unlabelled,
         jobs=jobs,
         say=say,
     )
@@ -101,16 +104,18 @@ def index(
     overrides: Overrides = None,
     config: ConfigFile = None,
     beside: Annotated[bool, typer.Option("--beside", help="keep the index beside the shards, not in the cache")] = False,
+    unlabelled: Unlabelled = False,
     jobs: Jobs = None,
     debug: Debug = False,
 ) -> None:
     """Build the index of tar shards that training reads by, or bring it up to date.
 
-    Training does so by itself; this does it ahead of time, on the machine that is near the data.
+    Training does so by itself; this does it ahead of time, on the machine that is near the data. With --unlabelled, shards
+    whose images have no labels are indexed without.
     """
     from vitcli.data_commands import index_data
 
-    say(index_data(pattern, config, as_overrides(overrides), beside=beside, jobs=jobs))
+    say(index_data(pattern, config, as_overrides(overrides), beside=beside, unlabelled=unlabelled, jobs=jobs))
 
 
 @data_app.command(
@@ -137,6 +142,7 @@ def check(
         Path | None,
         typer.Option("--write-list", help="file for the images to leave out: place, kind, reason", show_default=False),
     ] = None,
+    unlabelled: Unlabelled = False,
     as_json: AsJson = False,
     jobs: Jobs = None,
     data_root: DataRoot = None,
@@ -147,13 +153,22 @@ def check(
     Exit code 0: nothing found; 1: something found; 2: the command cannot be carried out. Exact duplicates have equal pixels
     (SHA-256 of the decoded image), near ones a similar perceptual hash and similar thumbnails: copies that were recompressed,
     scaled or brightened, not crops or mirror images. Both are looked for within the training split, within the evaluation
-    split, between them, and between them and every --against set.
+    split, between them, and between them and every --against set. With --unlabelled, or a --config that
+    learns without labels, a folder need have no class folders, and shards no labels.
     """
     from vitcli.data_commands import check_data, report_lines
 
     words = as_overrides(overrides, data__root=data_root)
     report = check_data(
-        source, config, words, splits=splits_of(split), against=against or [], near=near, write_list=write_list, jobs=jobs
+        source,
+        config,
+        words,
+        splits=splits_of(split),
+        against=against or [],
+        near=near,
+        write_list=write_list,
+        unlabelled=unlabelled,
+        jobs=jobs,
     )
     if as_json:
         say(json.dumps(report))
@@ -206,6 +221,7 @@ def preview(
     ] = False,
     rows: Annotated[int, typer.Option("--rows", min=1, help="classes shown, a row each")] = 10,
     columns: Annotated[int, typer.Option("--columns", min=1, help="images of each class")] = 8,
+    unlabelled: Unlabelled = False,
     data_root: DataRoot = None,
     debug: Debug = False,
 ) -> None:
@@ -213,7 +229,8 @@ def preview(
     from vitcli.data_commands import preview_data
 
     words = as_overrides(overrides, data__root=data_root)
-    say(preview_data(source, config, words, out=out, augmented=augmented, rows=rows, columns=columns))
+    sheet = preview_data(source, config, words, out=out, augmented=augmented, rows=rows, columns=columns, unlabelled=unlabelled)
+    say(sheet)
 
 
 @data_app.command(epilog="Example: vit data bench 'shards:packed/train-*.tar' data.image_size=224 --workers 4")

@@ -103,6 +103,8 @@ def names_of(records: Sequence[RunRecord]) -> list[str]:
 
 def contender(name: str, record: RunRecord, *, data_root: Path | None, say: Say) -> Contender:
     """Load a run's answers, or make them; where that cannot be done the run still has its settings and curves."""
+    if not record.config.objective.needs_labels:
+        return Contender(name, record, None, None, "it learned without labels, so it gives no answers")
     if not record.checkpoints and not (record.path / VAL_PREDICTIONS).exists():
         return Contender(name, record, None, None, "it has no checkpoint yet")
     try:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +13,16 @@ from vitcli.config import Config, DataConfig
 from vitcli.config_file import read_config
 from vitcli.data.cache import default_cache_dir
 from vitcli.data.check import CheckedSet, check
-from vitcli.data.examine import IndexReader, Reader, read_folder
+from vitcli.data.examine import IndexReader, Reader
+from vitcli.data.examine_folders import read_folder
 from vitcli.data.examine_shards import read_shards
 from vitcli.data.folders import EVALUATION_FOLDERS, Split
 from vitcli.data.loader import choose_workers
 from vitcli.data.pack import SPLIT_NAMES, PackSettings, pack
 from vitcli.data.preview import preview
+from vitcli.data.protocol import UNLABELLED, is_labelled
 from vitcli.data.sampler import build_order
+from vitcli.data.shard_scan import NoLabelError
 from vitcli.data.shards import build_index, expand_shards
 from vitcli.data.sources import open_source
 from vitcli.data.stages import bottleneck, measure_stages
@@ -52,6 +56,11 @@ def read_settings(source: str, config_path: Path | None, overrides: Sequence[str
     return read_config(config_path, [*overrides, named], base=base, base_name="defaults")[0]
 
 
+def are_labels_needed(config: Config, *, unlabelled: bool) -> bool:
+    """Tell whether images must be in classes: not where the command, or what the config's runs learn, does without."""
+    return config.objective.needs_labels and not unlabelled
+
+
 def as_files(data: DataConfig) -> DataConfig:
     """Return the section for a source that is read once: files stay files."""
     return data.model_copy(update={"memory_cache_gib": 0.0})
@@ -74,18 +83,23 @@ def pack_data(
     exclude: Path | None,
     seed: int,
     verify: bool,
+    unlabelled: bool,
     jobs: int | None,
     say: Say,
 ) -> None:
     """Pack splits of a source into tar shards in `dest`, and say what came of each.
 
+    Args:
+        unlabelled: images may be in no classes; then the shards say nothing of any.
+
     Raises:
         DataError: the source or the folder does not do, or an image cannot be read.
     """
-    data = as_files(read_settings(source, config_path, overrides).data)
+    config = read_settings(source, config_path, overrides)
+    data, labels = as_files(config.data), are_labels_needed(config, unlabelled=unlabelled)
     settings = PackSettings(shard_bytes, examples_per_shard, resize, quality, seed)
     left_out = frozenset() if exclude is None else read_list(exclude)
-    opened = {split: open_source(source, split=cast(Split, split), data=data) for split in splits}
+    opened = {split: open_source(source, split=cast(Split, split), data=data, labels=labels) for split in splits}
     with ExitStack() as stack:
         try:
             dest.mkdir(parents=True, exist_ok=True)
@@ -119,7 +133,8 @@ def pack_data(
             say(", ".join(parts))
     pattern = f"shards:{dest}/{SPLIT_NAMES[splits[0]]}-*.tar"
     say(f"shuffled by seed {seed}; written, read back and compared, {'every image' if verify else 'a sample'} decoded")
-    say(f"next: vit pretrain ... data.source='{pattern}'")
+    objective = "" if all(map(is_labelled, opened.values())) else " objective.name=mae"
+    say(f"next: vit pretrain ...{objective} data.source='{pattern}'")
 
 
 def some(count: int, what: str) -> str:
@@ -144,19 +159,28 @@ def read_list(path: Path) -> frozenset[str]:
     return frozenset(line.partition("\t")[0] for line in lines if line.strip())
 
 
-def index_data(pattern: str, config_path: Path | None, overrides: Sequence[str], *, beside: bool, jobs: int | None) -> str:
-    """Build or refresh the index of shards, and describe it in a line."""
+def index_data(
+    pattern: str, config_path: Path | None, overrides: Sequence[str], *, beside: bool, unlabelled: bool, jobs: int | None
+) -> str:
+    """Build or refresh the index of shards, with labels where all images have some, and describe it in a line."""
     pattern = pattern.removeprefix("shards:")
-    data = read_settings(f"shards:{pattern}", config_path, overrides).data
-    index = build_index(
+    config = read_settings(f"shards:{pattern}", config_path, overrides)
+    make = partial(
+        build_index,
         expand_shards(pattern),
         cache_dir=default_cache_dir(),
-        label_key=data.label_key,
         workers=jobs,
         beside=beside,
-        remote_cache_gib=data.remote_cache_gib,
+        remote_cache_gib=config.data.remote_cache_gib,
     )
-    counts = f"{some(len(index), 'image')} in {some(len(index.urls), 'shard')}, {len(index.classes):,} classes"
+    try:
+        index = make(label_key=config.data.label_key)
+        classes = f"{len(index.classes):,} classes"
+    except NoLabelError:
+        if are_labels_needed(config, unlabelled=unlabelled):
+            raise
+        index, classes = make(label_key=None, classes=[UNLABELLED]), "without labels"
+    counts = f"{some(len(index), 'image')} in {some(len(index.urls), 'shard')}, {classes}"
     return f"{pattern}: {counts}; index in {index.folder}"
 
 
@@ -172,18 +196,24 @@ def check_data(
     against: Sequence[str],
     near: int,
     write_list: Path | None,
+    unlabelled: bool,
     jobs: int | None,
 ) -> dict[str, Any]:
     """Check splits of a source, also against other sets, and return all that was found as JSON values.
 
+    Args:
+        unlabelled: images may be in no classes; those of the other sets may always.
+
     Raises:
         DataError: a set cannot be opened at all, or the list cannot be written.
     """
-    data = as_files(read_settings(source, config_path, overrides).data)
-    readers = open_readers(source, [cast(Split, split) for split in splits], data)
+    config = read_settings(source, config_path, overrides)
+    data, labels = as_files(config.data), are_labels_needed(config, unlabelled=unlabelled)
+    readers = open_readers(source, [cast(Split, split) for split in splits], data, labels=labels)
     sets = [CheckedSet(split, reader, training=split == "train") for split, reader in readers.items()]
     for other in dict.fromkeys(against):
-        others = open_readers(other, evaluation_splits(other), data.model_copy(update={"examples": None}))
+        whole = data.model_copy(update={"examples": None})
+        others = open_readers(other, evaluation_splits(other), whole, labels=False)
         sets += [CheckedSet(f"{other} ({split})", reader, own=False) for split, reader in others.items()]
     report = check(sets, near=near, jobs=jobs)
     if write_list is not None:
@@ -197,18 +227,27 @@ def check_data(
     return {"source": source, **report.as_dict(), "leave_out": left_out, "near_bits": near}
 
 
-def open_readers(spec: str, splits: Sequence[Split], data: DataConfig) -> dict[Split, Reader]:
-    """Open splits of a set for reading with all its faults; a split that is not there is left out where the other one is."""
+def open_readers(spec: str, splits: Sequence[Split], data: DataConfig, *, labels: bool) -> dict[Split, Reader]:
+    """Open splits of a set for reading with all its faults; a split that is not there is left out where the other one is.
+
+    Args:
+        labels: whether images need them, as for `open_source`.
+    """
     kind, _, place = spec.partition(":")
     if kind == "folder" and place:
-        folders = read_folder(Path(place), val_fraction=data.val_fraction)
+        folders = read_folder(Path(place), val_fraction=data.val_fraction, labels=labels)
         return {split: folders[split] for split in splits if split in folders} or dict(folders)
     if kind == "shards" and place:
-        cache, limit = default_cache_dir(), data.remote_cache_gib
-        return dict(
-            read_shards(place, splits=splits, label_key=data.label_key, cache_dir=cache, remote_cache_gib=limit).items()
+        shards = read_shards(
+            place,
+            splits=splits,
+            label_key=data.label_key,
+            cache_dir=default_cache_dir(),
+            remote_cache_gib=data.remote_cache_gib,
+            labels=labels,
         )
-    return {split: IndexReader(open_source(spec, split=split, data=data)) for split in splits}
+        return dict(shards.items())
+    return {split: IndexReader(open_source(spec, split=split, data=data, labels=labels)) for split in splits}
 
 
 def evaluation_splits(spec: str) -> list[Split]:
@@ -254,9 +293,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 def set_lines(each: dict[str, Any]) -> list[str]:
     """Describe one set."""
     counts = {name: count for name, count in each["classes"].items() if count}
-    images = each["images"]
-    lines = [f"{each['name']}: {images:,} readable images in {len(each['classes']):,} classes"]
-    if counts:
+    images, classless = each["images"], list(each["classes"]) in ([], [UNLABELLED])
+    classes = "without classes" if classless else f"in {len(each['classes']):,} classes"
+    lines = [f"{each['name']}: {images:,} readable images {classes}"]
+    if counts and not classless:
         smallest, largest = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
         times = counts[largest] / counts[smallest]
         lines.append(
@@ -286,7 +326,7 @@ def stats_data(
     data = config.data
     resized = config_path is not None or any(word.startswith("data.image_size=") for word in overrides)
     transform = EvalTransform(image_size=data.image_size, crop_fraction=data.eval_crop_fraction) if resized else None
-    opened = open_source(source, split="train", data=as_files(data))
+    opened = open_source(source, split="train", data=as_files(data), labels=False)
     found = measure_pixels(opened, examples=examples, transform=transform, seed=config.seed, jobs=jobs)
     height, width = data.image_size
     return {
@@ -308,15 +348,18 @@ def preview_data(
     augmented: bool,
     rows: int,
     columns: int,
+    unlabelled: bool,
 ) -> str:
     """Write a contact sheet of a source's training split and say where; settings come from the config where one is given."""
     config = read_settings(source, config_path, overrides)
-    opened = open_source(source, split="train", data=as_files(config.data))
+    labels = are_labels_needed(config, unlabelled=unlabelled)
+    opened = open_source(source, split="train", data=as_files(config.data), labels=labels)
     path = out or Path(f"preview-{re.sub(r'[^A-Za-z0-9._-]+', '-', source.removeprefix('folder:')).strip('-')}.png")
     transform = TrainTransform(config.augment, image_size=config.data.image_size) if augmented else None
     path.parent.mkdir(parents=True, exist_ok=True)
     preview(opened, rows=rows, columns=columns, transform=transform, seed=config.seed).save(path, format="PNG")
-    return f"{path}: {source}, {len(opened):,} training images in {len(opened.classes):,} classes"
+    classes = f"in {len(opened.classes):,} classes" if is_labelled(opened) else "without classes"
+    return f"{path}: {source}, {len(opened):,} training images {classes}"
 
 
 def bench_data(
@@ -333,7 +376,7 @@ def bench_data(
     config = read_settings(source, config_path, overrides)
     if workers is not None and config.data.workers not in (None, workers):
         raise ConfigError(f"data.workers={config.data.workers} and --workers {workers} are both given; drop one")
-    opened = open_source(source, split="train", data=config.data)
+    opened = open_source(source, split="train", data=config.data, labels=False)
     if workers is None:
         workers = config.data.workers
     if workers is None:
@@ -348,6 +391,9 @@ def bench_data(
         batch_size=batch_size,
         seconds=seconds,
         seed=config.seed,
+        on_error=config.data.on_error,
+        skip_limit=config.data.skip_limit,
+        warn=say,
     )
     return {
         "source": source,

@@ -6,7 +6,7 @@ and a resumed run ends with the weights of one that was never interrupted, bit f
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
@@ -52,7 +52,7 @@ from vitcli.tuning import Choice
 from vitcli.watch import NotFinite, Watch
 from vitcli.weights import load_start
 
-__all__ = ["Finished", "Job", "answers_of", "class_weights_of", "fit", "preprocessing_of"]
+__all__ = ["Finished", "Job", "answers_of", "batches_of", "class_weights_of", "fit", "preprocessing_of"]
 
 Say = Callable[[str], None]
 Result = EvalResult | ObjectiveResult
@@ -132,23 +132,8 @@ def train_on(job: Job, *, stop: StopSignals, say: Say) -> Finished | None:
     log = RunLog(config.out, start_step=state.step, total_steps=train.steps, batch_size=train.batch_size, writes=ranks.main)
     evaluated, probed, inspected = ranks.broadcast((set(log.evals), log.probed, log.inspected))
     warn_once = cache(log.message)  # every evaluation meets the same bad images
-    micro_batches = train_batches(
-        job.train_source,
-        TrainTransform(config.augment, image_size=config.data.image_size),
-        batch_size=train.batch_size,
-        micro_batch_size=train.micro_batch_size * ranks.ranks,
-        order=build_order(job.train_source, config.data, seed=config.seed),
-        start_step=state.step,
-        total_steps=train.steps,
-        batch_of_step=partial(data_step, rollbacks=rollbacks),
-        seed=config.seed,
-        on_error=config.data.on_error,
-        skip_limit=config.data.skip_limit,
-        warn=warn_once,
-        workers=config.data.workers or 0,
-        pin_memory=job.plan.device.type == "cuda",
-        rank=ranks.rank,
-        ranks=ranks.ranks,
+    micro_batches = batches_of(
+        job, start_step=state.step, batch_of_step=partial(data_step, rollbacks=rollbacks), warn=warn_once
     )
     micro_per_step = math.ceil(train.batch_size / (train.micro_batch_size * ranks.ranks))
     class_weights = weights_of_classes(job)
@@ -255,6 +240,32 @@ def finish(
     numbers = {f"eval/{key}": value for key, value in result.row().items() if key in ("top1", "accuracy", "loss")}
     log.hparams(flatten(config.model_dump(mode="json")), numbers)
     return Finished(result, state.step, trained_steps, log.train_seconds)
+
+
+def batches_of(
+    job: Job, *, start_step: int, batch_of_step: Callable[[int], int] | None = None, warn: Callable[[str], object]
+) -> Generator[Batch, None, None]:
+    """Yield this rank's share of the run's training images, micro-batch by micro-batch, as `train_batches` does."""
+    config, train, ranks = job.config, job.config.train, job.ranks
+    assert train.steps and train.micro_batch_size
+    return train_batches(
+        job.train_source,
+        TrainTransform(config.augment, image_size=config.data.image_size),
+        order=build_order(job.train_source, config.data, seed=config.seed),
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size * ranks.ranks,
+        start_step=start_step,
+        total_steps=train.steps,
+        seed=config.seed,
+        workers=config.data.workers or 0,
+        pin_memory=job.plan.device.type == "cuda",
+        on_error=config.data.on_error,
+        skip_limit=config.data.skip_limit,
+        warn=warn,
+        rank=ranks.rank,
+        ranks=ranks.ranks,
+        batch_of_step=batch_of_step,
+    )
 
 
 def next_parts(micro_batches: Iterator[Batch], count: int, *, stop: StopSignals, ranks: Ranks) -> list[Batch]:

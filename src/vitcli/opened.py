@@ -137,11 +137,15 @@ def match_classes(opened: OpenedModel, source: Source, *, say: Say) -> Images:
     return Images(source, classes, class_map)
 
 
-def open_split(opened: OpenedModel, split: Split) -> tuple[OpenedModel, Source]:
-    """Open a split of the model's data set, whatever its classes are, and settle the number of loader processes."""
+def open_split(opened: OpenedModel, split: Split, *, labels: bool = True) -> tuple[OpenedModel, Source]:
+    """Open a split of the model's data set, whatever its classes are, and settle the number of loader processes.
+
+    Args:
+        labels: whether images need them, as for `open_source`.
+    """
     data = opened.config.data
     spec = data.val_source or data.source if split == "val" else data.source
-    source = open_source(spec, split=split, data=data)
+    source = open_source(spec, split=split, data=data, labels=labels)
     return settle_workers(opened, source), source
 
 

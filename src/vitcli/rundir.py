@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vitcli.config_file import flatten
@@ -29,6 +29,7 @@ __all__ = [
     "build_manifest",
     "git_revision",
     "differing_keys",
+    "without_places",
 ]
 
 LOCK_NAME = ".lock"
@@ -217,3 +218,21 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return sorted(
         key for key in flat_a.keys() | flat_b.keys() if text(flat_a.get(key, absent)) != text(flat_b.get(key, absent))
     )
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a run whose data sets are named without the folder they lie in, so that moved data stays the same.
+
+    Of `folder:` and `shards:` the last part of the place remains. It names a set and proves nothing: whoever goes on with
+    moved data compares fingerprints.
+    """
+
+    def name_of(spec: Any) -> Any:
+        kind, _, place = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+        return f"{kind}:{PurePosixPath(place).name}" if kind in ("folder", "shards") else spec
+
+    data = settings.get("data")
+    if not isinstance(data, Mapping):
+        return dict(settings)
+    named = {key: name_of(data[key]) for key in ("source", "val_source") if key in data}
+    return {**settings, "data": {**data, **named}}

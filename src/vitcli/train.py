@@ -31,7 +31,7 @@ from vitcli.plan import build_plan, describe, resolve, tune
 from vitcli.pretrained import Pretrained
 from vitcli.recipes import OWN, finetune_recipe
 from vitcli.recovery import ROLLBACKS
-from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, write_json, write_text
+from vitcli.rundir import build_manifest, differing_keys, lock_run, read_json, without_places, write_json, write_text
 from vitcli.teacher import digest_of, open_teacher
 from vitcli.weights import LoadReport, check_architecture, load_start
 from vitcli.weights.files import FOLDER_NAMES
@@ -317,7 +317,8 @@ def refuse_other(out: Path, config: Config) -> None:
         free.add("distillation.teacher")  # the same weights, wherever they lie now
         if value_at(before, "distillation.teacher") != str(teacher):
             refuse_other_teacher(config, manifest, digest_of(teacher))
-    differing = [key for key in differing_keys(before, now) if key not in free]
+    # data that has moved is known by its fingerprint, once it is opened
+    differing = [key for key in differing_keys(without_places(before), without_places(now)) if key not in free]
     if differing:
         said = ", ".join(
             f"{key} ({json.dumps(value_at(before, key))} there, {json.dumps(value_at(now, key))} now)" for key in differing[:6]

@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.data.duplicates import HASH_SIDE, perceptual_hash, thumbnails
-from vitcli.data.folders import EVALUATION_FOLDERS, ImageFiles, Split, class_names, hold_out, subfolders
 from vitcli.data.images import IMAGE_SUFFIXES, decode
 from vitcli.data.protocol import EncodedSource, Source, UniformSource
 from vitcli.errors import DataError
 
-__all__ = ["Finding", "FolderReader", "IndexReader", "Notes", "Reader", "Seen", "examine", "read_folder"]
+__all__ = ["CHUNK", "Finding", "IndexReader", "Notes", "Reader", "Seen", "examine", "format_by_content"]
 
 CHUNK = 64  # images per task
 FORMATS = {  # suffix: what such a file holds
@@ -263,158 +261,3 @@ class IndexReader:
         """Note a label that is not a class."""
         if not 0 <= label < len(self.classes):
             notes.findings.append(Finding("label-out-of-range", place, f"label {label}, expected 0 to {len(self.classes) - 1}"))
-
-
-# ---------------------------------------------------------------- folders
-
-
-@dataclass(frozen=True)
-class FolderReader:
-    """The files of class folders, those that training passes over included; task n is the nth chunk."""
-
-    root: Path
-    relative: list[str]
-    labels: list[int]
-    classes: list[str]
-    findings: list[Finding]
-
-    @property
-    def total(self) -> int:
-        """Return the number of files."""
-        return len(self.relative)
-
-    @property
-    def tasks(self) -> Sequence[int]:
-        """Return the numbers of the chunks."""
-        return range(-(-len(self.relative) // CHUNK))
-
-    def __call__(self, task: int) -> Seen:
-        """Look at a chunk."""
-        notes = Notes()
-        for number in range(task * CHUNK, min((task + 1) * CHUNK, len(self.relative))):
-            place = os.path.join(self.root, self.relative[number])
-            suffix = os.path.splitext(place)[1].lower()
-            try:
-                with open(place, "rb") as file:
-                    data = file.read()
-            except OSError as error:
-                gone = "a link to nothing" if os.path.islink(place) and not os.path.exists(place) else error.strerror
-                notes.findings.append(Finding("unreadable", place, str(gone)))
-                notes.tally[self.labels[number]] += 1
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                notes.file(data, place=place, suffix=suffix, label=self.labels[number])
-                continue
-            form = format_by_content(data)  # training passes over such a file, whatever it holds
-            if form is not None and examine(data, place=place, suffix="")[0] is not None:
-                notes.findings.append(Finding("misnamed", place, f"its content is {form}; training passes over this suffix"))
-            else:
-                notes.findings.append(Finding("not-an-image", place, "no image by name or content; training passes over it"))
-        return notes.seen()
-
-
-def read_folder(path: Path, *, val_fraction: float) -> dict[Split, FolderReader]:
-    """List a folder of class folders, split as `open_folder` does, but for everything that stops that.
-
-    Raises:
-        DataError: no such folder, or no class folders in it.
-    """
-    path = path.expanduser()
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such folder; expected {path}/<class>/*.jpg or {path}/train/<class>/*.jpg")
-    below = subfolders(path)
-    held_out = next((name for name in EVALUATION_FOLDERS if name in below), None)
-    if "train" in below:
-        roots: dict[Split, Path] = {"train": path / "train"}
-        if held_out is not None:
-            roots["val"] = path / held_out
-    elif held_out is not None and set(below) <= set(EVALUATION_FOLDERS):
-        roots = {"val": path / held_out}
-    else:
-        roots = {"train": path}
-    names = {split: class_names(root) for split, root in roots.items()}
-    readers: dict[Split, FolderReader] = {}
-    for split, root in roots.items():
-        findings = [*stray_images(path, root), *(unmatched(names, roots, split) if len(roots) == 2 else ())]
-        relative: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(names[split]):
-            found = sorted(files_below(root, name, findings))
-            if not any(os.path.splitext(each)[1].lower() in IMAGE_SUFFIXES for each in found):
-                findings.append(Finding("empty-class", str(root / name), "no images in this class folder"))
-            relative += found
-            labels += [label] * len(found)
-        readers[split] = FolderReader(root, relative, labels, names[split], findings)
-    if set(readers) == {"train"}:
-        return split_by_hash(readers["train"], val_fraction=val_fraction)
-    return readers
-
-
-def stray_images(path: Path, root: Path) -> Iterator[Finding]:
-    """Yield images that lie beside class folders, where training does not look."""
-    for folder in dict.fromkeys((path, root) if root.name == "train" or root == path else (root,)):
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            image = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
-            if image and not entry.is_dir():
-                yield Finding("outside-classes", entry.path, "in no class folder; training does not see it")
-
-
-def unmatched(names: dict[Split, list[str]], roots: dict[Split, Path], split: Split) -> Iterator[Finding]:
-    """Yield the classes that the other split has not."""
-    other: Split = "val" if split == "train" else "train"
-    for name in sorted(set(names[split]) - set(names[other])):
-        yield Finding("class-mismatch", str(roots[split] / name), f"{roots[other].name}/ has no such class folder")
-
-
-def files_below(root: Path, below: str, findings: list[Finding]) -> Iterator[str]:
-    """Yield the files of a class folder, relative to root; hidden ones are passed over, as training does."""
-    try:
-        entries = list(os.scandir(root / below))
-    except OSError as error:
-        findings.append(Finding("unreadable", str(root / below), f"cannot list this folder: {error.strerror}"))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        name = f"{below}/{entry.name}"
-        if entry.is_dir(follow_symlinks=False):
-            yield from files_below(root, name, findings)
-        elif entry.is_dir():
-            findings.append(Finding("not-an-image", str(root / name), "a link to a folder; training passes over it"))
-        elif entry.is_file() or entry.is_symlink():
-            yield name
-        else:
-            findings.append(Finding("not-an-image", str(root / name), "no regular file; training passes over it"))
-
-
-def split_by_hash(reader: FolderReader, *, val_fraction: float) -> dict[Split, FolderReader]:
-    """Divide a folder without evaluation split as training does; files that are no images stay with the training split."""
-    image = [
-        number
-        for number, name in enumerate(reader.relative)
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(os.path.join(reader.root, name))
-    ]
-    nothing = np.zeros(len(image), np.int64)
-    files = ImageFiles(
-        reader.root,
-        [reader.relative[number] for number in image],
-        np.array([reader.labels[number] for number in image], np.int64),
-        reader.classes,
-        nothing,
-        nothing,
-    )
-    try:
-        held = set(hold_out(files, split="val", val_fraction=val_fraction).relative)
-    except DataError:  # every class has a single image
-        return {"train": reader}
-    parts: dict[Split, FolderReader] = {}
-    for split in ("train", "val"):
-        mine = [number for number, name in enumerate(reader.relative) if (name in held) == (split == "val")]
-        parts[split] = FolderReader(
-            reader.root,
-            [reader.relative[number] for number in mine],
-            [reader.labels[number] for number in mine],
-            reader.classes,
-            reader.findings if split == "train" else [],
-        )
-    return parts

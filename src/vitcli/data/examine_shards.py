@@ -11,7 +11,7 @@ from typing import BinaryIO
 from vitcli.data.examine import Finding, Notes, Seen
 from vitcli.data.folders import Split
 from vitcli.data.remote import RemoteCopies, is_remote, stat_remote
-from vitcli.data.shard_scan import DEFAULT_LABEL_KEY, IMAGES, read_label, split_name
+from vitcli.data.shard_scan import DEFAULT_LABEL_KEY, IMAGES, NoKeyError, read_label, split_name
 from vitcli.data.shard_sets import SetInfo, choose_shards, folder_of, read_set_info
 from vitcli.data.tar import Member, iter_members, printable
 from vitcli.errors import DataError
@@ -31,6 +31,7 @@ class ShardReader:
     lengths: dict[str, int]  # images that `_info.json` says a shard has, by absolute path or URL
     label_key: str
     copies: RemoteCopies
+    labels: bool = True  # whether an image without one is at fault
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -109,7 +110,7 @@ class ShardReader:
             label = -1
             if labelled is not None:
                 label = self.label_of(shard, url, labels[labelled][key], labelled, notes, names)
-            elif whole or key != last:
+            elif self.labels and (whole or key != last):
                 notes.findings.append(Finding("missing-label", place, "no .cls or .json of this name in the shard"))
             shard.seek(image.offset)
             notes.file(shard.read(image.size), place=place, suffix=f".{split_name(image.name)[1]}", label=label)
@@ -121,8 +122,9 @@ class ShardReader:
             value = read_label(shard, member, kind, label_key=self.label_key)
         except (ValueError, RecursionError, OSError) as error:
             reason = " ".join(str(error).split())
-            what = "missing-label" if reason.startswith("no label") else "bad-label"
-            notes.findings.append(Finding("label-out-of-range" if "out of range" in reason else what, place, reason))
+            what = "missing-label" if isinstance(error, NoKeyError) else "bad-label"
+            if self.labels or not isinstance(error, NoKeyError):
+                notes.findings.append(Finding("label-out-of-range" if "out of range" in reason else what, place, reason))
             return -1
         if self.classes is None:
             return names.setdefault(str(value), len(names))
@@ -185,9 +187,12 @@ def unsafe_members(shard: BinaryIO, url: str, members: Sequence[Member], *, whol
 
 
 def read_shards(
-    pattern: str, *, splits: Sequence[Split], label_key: str, cache_dir: Path, remote_cache_gib: float
+    pattern: str, *, splits: Sequence[Split], label_key: str, cache_dir: Path, remote_cache_gib: float, labels: bool = True
 ) -> dict[Split, ShardReader]:
     """Find the shards of each split; those that a part is held out of count as training shards.
+
+    Args:
+        labels: whether every image needs one.
 
     Raises:
         DataError: nothing matches the pattern, none of the shards is there, or what describes the set is damaged.
@@ -222,5 +227,5 @@ def read_shards(
                 for url in listed
                 if spelt(url) not in known and not is_remote(url) and not os.path.exists(url)
             ]
-        readers[split] = ShardReader(urls, info.classes, lengths, label_key, copies, absent)
+        readers[split] = ShardReader(urls, info.classes, lengths, label_key, copies, labels, absent)
     return readers

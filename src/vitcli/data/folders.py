@@ -101,12 +101,17 @@ def scan_flat(path: Path) -> ImageFiles:
     found: list[tuple[str, int, int]] = []
     others = collect(path, ".", found)
     if not found:
-        ignored = f" ({others} files of other types)" if others else ""
-        raise DataError(f"{path}: no images in this folder{ignored}; expected some ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise no_images(path, others=others)
     found.sort()
     names = [name.removeprefix("./") for name, _, _ in found]
     sizes, mtimes = (np.array([item[place] for item in found], dtype=np.int64) for place in (1, 2))
     return ImageFiles(path, names, np.zeros(len(found), np.int64), [UNLABELLED], sizes, mtimes)
+
+
+def no_images(path: Path, *, others: int) -> DataError:
+    """Return the error of a folder that holds other files alone."""
+    ignored = f" ({others} files of other types)" if others else ""
+    return DataError(f"{path}: no images in this folder{ignored}; expected some ({', '.join(sorted(IMAGE_SUFFIXES))})")
 
 
 def evaluation_folder(path: Path) -> str | None:

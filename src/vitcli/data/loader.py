@@ -28,7 +28,7 @@ from vitcli.data.transforms import EvalTransform, TrainTransform
 from vitcli.errors import DataError, UserError
 from vitcli.randomness import derive_seed, permute
 
-__all__ = ["Batch", "choose_workers", "eval_batches", "train_batches"]
+__all__ = ["Batch", "OnError", "choose_workers", "eval_batches", "train_batches"]
 
 Batch = dict[str, Tensor]  # images uint8 (b, 3, H, W), labels int64 (b,), indices int64 (b,)
 OnError = Literal["raise", "skip"]

@@ -1,8 +1,9 @@
 """Any source to tar shards in the WebDataset convention: `000000000.jpg` + `000000000.cls`, `_info.json`, `classnames.txt`.
 
-What is written is a function of the source and the settings: order by seed, no times and no owners in the tars. Each shard is
-written under a temporary name, flushed, read back, renamed; `_pack.json` remembers the settings and what is done, so the same
-call goes on where a killed one stopped, and another one is refused.
+Images in no classes have neither labels nor a list of names. What is written is a function of the source and the settings:
+order by seed, no times and no owners in the tars. Each shard is written under a temporary name, flushed, read back, renamed;
+`_pack.json` remembers the settings and what is done, so the same call goes on where a killed one stopped, and another one is
+refused.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from vitcli.data.images import decode
 from vitcli.data.parallel import in_processes
-from vitcli.data.protocol import EncodedSource, Source, UniformSource
+from vitcli.data.protocol import EncodedSource, Source, UniformSource, is_labelled
 from vitcli.data.tar import iter_members
 from vitcli.errors import DataError
 from vitcli.randomness import derive_seed, permute
@@ -139,7 +140,8 @@ def pack(
                 leftover.unlink()
             state.save()
     shards = [state.shards[name] for name in names]
-    write_whole(folder / NAMES, "".join(f"{name}\n" for name in source.classes))
+    if is_labelled(source):
+        write_whole(folder / NAMES, "".join(f"{name}\n" for name in source.classes))
     write_info(folder, SPLIT_NAMES[split], shards)
     return PackedSplit(shards, left_out=len(source) - len(order), written=len(missing))
 
@@ -162,7 +164,8 @@ def pack_order(source: Source, keep: NDArray[np.int64], *, seed: int) -> NDArray
 def examples_that_fill(source: Source, order: NDArray[np.int64], settings: PackSettings) -> int:
     """Return how many examples make a shard of about `shard_bytes`, from the size of some."""
     spread = order[np.unique(np.linspace(0, len(order) - 1, SAMPLE).astype(np.int64))]
-    sizes = [entry_bytes(len(item.data)) + entry_bytes(1) for item in items(source, spread, settings)]
+    label = entry_bytes(1) if is_labelled(source) else 0
+    sizes = [entry_bytes(len(item.data)) + label for item in items(source, spread, settings)]
     return max(1, round(settings.shard_bytes / float(np.mean(sizes))))
 
 
@@ -267,11 +270,12 @@ class ShardWriter:
         first = number * self.per_shard
         indices = self.order[first : first + self.per_shard]
         written: list[tuple[str, int, int]] = []  # name, length and checksum of every member
-        places = []
+        places, labelled = [], is_labelled(self.source)
         try:
             with open(temporary, "wb") as sink:
                 for position, item in zip(itertools.count(first), items(self.source, indices, self.settings)):
-                    for suffix, data in ((item.suffix, item.data), ("cls", str(item.label).encode())):
+                    label = [("cls", str(item.label).encode())] if labelled else []
+                    for suffix, data in [(item.suffix, item.data), *label]:
                         name = f"{position:09d}.{suffix}"
                         sink.write(member_header(name, len(data)) + data + bytes(-len(data) % TAR_BLOCK))
                         written.append((name, len(data), zlib.crc32(data)))
@@ -311,11 +315,12 @@ def read_back(path: Path, written: list[tuple[str, int, int]], places: list[str]
         DataError: it differs, or an image cannot be decoded; names the place the image came from.
     """
     found: list[tuple[str, int, int]] = []
+    members = len(written) // len(places)  # of each image
     with open(path, "rb") as shard, open(path, "rb") as contents:
         for member in iter_members(shard, where=str(path)):
             contents.seek(member.offset)
             data = contents.read(member.size)
-            image, is_label = divmod(len(found), 2)
+            image, is_label = divmod(len(found), members)
             if not is_label and image % step == 0 and image < len(places):
                 decode(data, where=places[image])
             found.append((member.name, len(data), zlib.crc32(data)))
@@ -394,10 +399,14 @@ def write_info(folder: Path, split: str, shards: list[Shard]) -> None:
 
 def check_classes(source: Source, folder: Path) -> None:
     """Raise DataError if the classes cannot be listed line by line, or differ from those of the split already packed."""
+    path = folder / NAMES
+    if not is_labelled(source):
+        if path.exists():
+            raise DataError(f"{path}: lists classes, and the images of {source.name} are in none; choose another folder")
+        return
     broken = [name for name in source.classes if not name or name != name.strip() or "\t" in name or len(name.splitlines()) > 1]
     if broken:
         raise DataError(f"{source.name}: {NAMES} has one class name a line, which {broken[0]!r} cannot be; rename the class")
-    path = folder / NAMES
     if path.exists() and path.read_text(encoding="utf-8").splitlines() != source.classes:
         raise DataError(f"{path}: lists other classes than {source.name} has; choose another folder")
 

@@ -45,6 +45,8 @@ def preview(
 
 def pick(source: Source, *, rows: int, columns: int, seed: int) -> NDArray[np.int64]:
     """Choose the indices to show, (n,)."""
+    if len(source.classes) == 1:  # as many rows of it as there are different images for
+        columns *= min(rows, max(1, len(source) // columns))
     labels = source.labels
     if isinstance(source, PaintedSource):  # in every block of as many examples as classes each class comes once
         labels = source.label_of(np.arange(min(len(source), columns * len(source.classes))))

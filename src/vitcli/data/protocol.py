@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["UNLABELLED", "EncodedSource", "Group", "Source", "SourceDefaults", "UniformSource"]
+__all__ = ["UNLABELLED", "EncodedSource", "Group", "Source", "SourceDefaults", "UniformSource", "is_labelled"]
 
 UNLABELLED = "unlabelled"  # the one class of images that nobody has put into classes
 Labels = NDArray[Any]  # (N,) integers; perhaps a read-only map of a file
@@ -53,6 +53,11 @@ class Source(Protocol):
     def where(self, index: int) -> str:
         """Say where an example lies, for messages: a path, shard:member or name[index]."""
         ...
+
+
+def is_labelled(source: Source) -> bool:
+    """Tell whether somebody has put a source's images into classes."""
+    return source.classes != [UNLABELLED]
 
 
 class UniformSource(Source, Protocol):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vitcli.data.tar import BLOCK, Member, iter_members, printable
 from vitcli.errors import DataError
 
-__all__ = ["DEFAULT_LABEL_KEY", "IMAGES", "NoLabelError", "Part", "scan_shard"]
+__all__ = ["DEFAULT_LABEL_KEY", "IMAGES", "NoKeyError", "NoLabelError", "Part", "read_label", "scan_shard", "split_name"]
 
 logger = logging.getLogger(__name__)
 

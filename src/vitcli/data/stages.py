@@ -1,7 +1,8 @@
 """How fast each stage of the loader is, one after the other in this process, and all of them together as training runs them."""
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli.config import AugmentConfig
-from vitcli.data.loader import train_batches
+from vitcli.data.loader import OnError, train_batches
 from vitcli.data.parallel import available_cores
 from vitcli.data.protocol import EncodedSource, Source, SourceDefaults
 from vitcli.data.sampler import FullShuffle, Order
 from vitcli.data.transforms import TrainTransform
+from vitcli.errors import DataError
 
 __all__ = ["Speeds", "bottleneck", "measure_stages"]
 
@@ -58,6 +60,9 @@ def measure_stages(
     batch_size: int,
     seconds: float,
     seed: int = 0,
+    on_error: OnError = "raise",
+    skip_limit: int = 0,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> Speeds:
     """Measure for about `seconds` each stage.
 
@@ -65,12 +70,16 @@ def measure_stages(
     which is one step where JPEGs are decoded at reduced scale; `augment` is the rest. `hand-over` sends ready batches through
     the loader; `loader` is all of it.
 
+    Args:
+        on_error, skip_limit, warn: as for `train_batches`; stage by stage, an image that cannot be read is left out.
+
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image cannot be read, or more than may be skipped.
     """
     batch_size = min(batch_size, len(source))
     whole = TrainTransform(augment, image_size=image_size)
-    in_one = measure_in_one(source, whole, order, batch_size=batch_size, seconds=seconds, seed=seed)
+    limit = skip_limit if on_error == "skip" else 0
+    in_one = measure_in_one(source, whole, order, batch_size=batch_size, seconds=seconds, seed=seed, skip_limit=limit)
     ready = ReadySource(source.classes)
     hand_over = loader_speed(
         ready,
@@ -81,12 +90,23 @@ def measure_stages(
         seconds=seconds,
         seed=seed,
     )
-    loader = loader_speed(source, whole, order, workers=workers, batch_size=batch_size, seconds=seconds, seed=seed)
+    loader = loader_speed(
+        source,
+        whole,
+        order,
+        workers=workers,
+        batch_size=batch_size,
+        seconds=seconds,
+        seed=seed,
+        on_error=on_error,
+        skip_limit=skip_limit,
+        warn=warn,
+    )
     return Speeds(*in_one, hand_over=hand_over, loader=loader, workers=workers, cores=available_cores())
 
 
 def measure_in_one(
-    source: Source, whole: TrainTransform, order: Order, *, batch_size: int, seconds: float, seed: int
+    source: Source, whole: TrainTransform, order: Order, *, batch_size: int, seconds: float, seed: int, skip_limit: int
 ) -> tuple[float, float | None, float]:
     """Return the images per second of reading, decoding (None where nothing is decoded) and augmenting."""
     crop_only = TrainTransform(
@@ -94,25 +114,18 @@ def measure_in_one(
     )
     spent = np.zeros(3)  # seconds
     images = 0
+    unreadable: set[int] = set()
     for round_number, (epochs, indices) in enumerate(batches_of(order, batch_size)):
-        started = time.perf_counter()
-        if source.encoded:
-            encoded = cast(EncodedSource, source)
-            files, where = (
-                [encoded.read(index) for index in indices.tolist()],
-                [encoded.where(index) for index in indices.tolist()],
-            )
-            read = time.perf_counter()
-            crop_only.from_encoded(files, where=where, seed=seed, epochs=epochs, indices=indices)
-            decoded = time.perf_counter()
-            whole.from_encoded(files, where=where, seed=seed, epochs=epochs, indices=indices)
-            done = time.perf_counter()
-            part = np.array([read - started, decoded - read, max(0.0, (done - decoded) - (decoded - read))])
-        else:
-            pixels = pixels_of(source, indices)
-            read = time.perf_counter()
-            whole(pixels, seed=seed, epochs=epochs, indices=indices)
-            part = np.array([read - started, 0.0, time.perf_counter() - read])
+        try:
+            part = seconds_of(source, crop_only, whole, seed=seed, epochs=epochs, indices=indices)
+        except DataError:
+            if not skip_limit:
+                raise
+            keep = readable(source, indices, unreadable, limit=skip_limit)
+            if not keep.any():
+                continue
+            epochs, indices = epochs[keep], indices[keep]
+            part = seconds_of(source, crop_only, whole, seed=seed, epochs=epochs, indices=indices)
         if round_number:  # the first batch warms up
             spent += part
             images += len(indices)
@@ -120,6 +133,49 @@ def measure_in_one(
             break
     read_s, decode_s, augment_s = np.maximum(spent, 1e-9).tolist()
     return images / read_s, images / decode_s if source.encoded else None, images / augment_s
+
+
+def seconds_of(
+    source: Source,
+    crop_only: TrainTransform,
+    whole: TrainTransform,
+    *,
+    seed: int,
+    epochs: NDArray[np.int64],
+    indices: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Return the seconds, (3,), that reading, decoding and augmenting some images take; raise DataError as they do."""
+    started = time.perf_counter()
+    if not source.encoded:
+        pixels = pixels_of(source, indices)
+        read = time.perf_counter()
+        whole(pixels, seed=seed, epochs=epochs, indices=indices)
+        return np.array([read - started, 0.0, time.perf_counter() - read])
+    encoded = cast(EncodedSource, source)
+    files, where = (
+        [encoded.read(index) for index in indices.tolist()],
+        [encoded.where(index) for index in indices.tolist()],
+    )
+    read = time.perf_counter()
+    crop_only.from_encoded(files, where=where, seed=seed, epochs=epochs, indices=indices)
+    decoded = time.perf_counter()
+    whole.from_encoded(files, where=where, seed=seed, epochs=epochs, indices=indices)
+    done = time.perf_counter()
+    return np.array([read - started, decoded - read, max(0.0, (done - decoded) - (decoded - read))])
+
+
+def readable(source: Source, indices: NDArray[np.int64], met: set[int], *, limit: int) -> NDArray[np.bool_]:
+    """Return which of some images, (B,), can be read; those that cannot are added to `met`, and DataError ends too many."""
+    for index in dict.fromkeys(indices.tolist()):
+        if index in met:
+            continue
+        try:
+            source[index]
+        except DataError:
+            met.add(index)
+            if len(met) > limit or len(met) == len(source):
+                raise
+    return ~np.isin(indices, list(met))
 
 
 def batches_of(order: Order, batch_size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -134,9 +190,9 @@ def pixels_of(source: Source, indices: NDArray[np.int64]) -> Any:
 
 
 def loader_speed(
-    source: Source, transform: Any, order: Order, *, workers: int, batch_size: int, seconds: float, seed: int
+    source: Source, transform: Any, order: Order, *, workers: int, batch_size: int, seconds: float, seed: int, **skipping: Any
 ) -> float:
-    """Return the images per second that the loader delivers, after its first batches."""
+    """Return the images per second that the loader delivers, after its first batches; `skipping` is for `train_batches`."""
     stream = train_batches(
         source,
         transform,
@@ -147,6 +203,7 @@ def loader_speed(
         total_steps=1 << 40,
         seed=seed,
         workers=workers,
+        **skipping,
     )
     with closing(stream):
         for _ in range(2 * max(1, workers) + 1):  # what was prepared while processes started says nothing

@@ -63,7 +63,8 @@ def check_images(config: Config) -> Check:
     data = config.data
     if data.source in COMPUTED and data.val_source is None:
         return gather("images", "computed, not read: nothing can be wrong with them")
-    readers = readers_of(data)
+    labels = config.objective.needs_labels
+    readers = readers_of(data, labels=labels)
     if not readers:
         return left_open("images", "they are remote, and would be fetched for it; `vit data check` does")
     parts, whole = [], True
@@ -75,13 +76,17 @@ def check_images(config: Config) -> Check:
     sets = [CheckedSet(split, part, training=whole and split == "train") for split, part in parts]
     report = check(sets, near=NEAR_BITS, jobs=1)
     totals = [len(reader.source) if isinstance(reader, IndexReader) else reader.total for reader in readers.values()]
-    return judge(report, data, of=None if None in totals else sum(total or 0 for total in totals), whole=whole)
+    of = None if None in totals else sum(total or 0 for total in totals)
+    return judge(report, data, of=of, whole=whole, labels=labels)
 
 
-def readers_of(data: DataConfig) -> dict[Split, Reader]:
+def readers_of(data: DataConfig, *, labels: bool) -> dict[Split, Reader]:
     """Open the splits that a run reads, with all their faults; a remote one is left out.
 
     Folders are listed as they are; other sets go by their index, because a whole shard takes too long.
+
+    Args:
+        labels: whether the run needs them.
     """
     files = as_files(data)
     found: dict[Split, Reader] = {}
@@ -89,9 +94,10 @@ def readers_of(data: DataConfig) -> dict[Split, Reader]:
     for split in splits:
         spec = data.source if split == "train" else data.val_source or data.source
         if spec.startswith("folder:"):
-            found |= {each: reader for each, reader in open_readers(spec, [split], files).items() if each == split}
+            opened = open_readers(spec, [split], files, labels=labels)
+            found |= {each: reader for each, reader in opened.items() if each == split}
         elif spec not in COMPUTED:
-            source = open_source(spec, split=split, data=files)
+            source = open_source(spec, split=split, data=files, labels=labels)
             if not source.remote:
                 found[split] = IndexReader(source)
     return found
@@ -108,15 +114,16 @@ def affordable(reader: Reader) -> list[int]:
     return [tasks[i] for i in np.unique(np.linspace(0, len(tasks) - 1, min(count, len(tasks))).astype(int))]
 
 
-def judge(report: Report, data: DataConfig, *, of: int | None, whole: bool) -> Check:
+def judge(report: Report, data: DataConfig, *, of: int | None, whole: bool, labels: bool) -> Check:
     """Put a report of the data check into one line."""
     broken = [found for _, found in report.findings if found.kind in UNUSABLE and not found.reason.startswith(STILL_READ)]
     others = [found for _, found in report.findings if found not in broken]
     readable = sum(summary.images for summary in report.sets)
     looked = readable + len(broken)
     share = f"{looked:,} looked at" if whole or of is None else f"{looked:,} of {of:,} looked at"
-    more = "" if whole else f"vit data check {data.source} looks at all of them"
-    list_them = f"vit data check {data.source} --write-list bad.tsv lists all"
+    words = f"vit data check {data.source}" if labels else f"vit data check {data.source} --unlabelled"
+    more = "" if whole else f"{words} looks at all of them"
+    list_them = f"{words} --write-list bad.tsv lists all"
     issues = []
     if broken:
         expected = len(broken) if whole or not looked or of is None else len(broken) * of / looked
@@ -131,24 +138,25 @@ def judge(report: Report, data: DataConfig, *, of: int | None, whole: bool) -> C
     if others:
         kinds = ", ".join(f"{sum(each.kind == kind for each in others):,} {kind}" for kind in sorted({o.kind for o in others}))
         issues.append(Issue("warning", f"{kinds} (such as {others[0].place}: {others[0].reason})", list_them))
-    issues += copies(report, list_them)
+    issues += copies(report, list_them, labels=labels)
     said = [] if issues or whole else [more]
     text = share if issues else f"{share}, nothing wrong"
     made = gather("images", text, issues, looked_at=looked, of=of, counts=report.counts())
     return Check(made.name, made.status, made.text, (*made.advice, *said), made.numbers)
 
 
-def copies(report: Report, list_them: str) -> list[Issue]:
-    """Say which pictures are there twice where that does harm."""
+def copies(report: Report, list_them: str, *, labels: bool) -> list[Issue]:
+    """Say which pictures are there twice where that does harm: to an accuracy, or where there are no labels to a loss."""
     across = [group for group in report.groups if len(group.sets) > 1]
     differing = [group for group in report.groups if group.labels_differ]
     inside = len(report.groups) - len(across)
     issues = []
     if across:
         places = " = ".join(next(copy.place for copy in across[0].copies if copy.set == name) for name in across[0].sets[:2])
-        text = f"{some(len(across), 'picture')} both to train and to evaluate on ({places}): the accuracy will flatter"
+        measure = "accuracy" if labels else "loss"
+        text = f"{some(len(across), 'picture')} both to train and to evaluate on ({places}): the {measure} will flatter"
         issues.append(Issue("warning", text, list_them))
-    if differing:
+    if differing and labels:
         places = " = ".join(copy.place for copy in differing[0].copies[:2])
         issues.append(Issue("warning", f"{some(len(differing), 'picture')} with two labels ({places})", list_them))
     if inside:
@@ -158,8 +166,11 @@ def copies(report: Report, list_them: str) -> list[Issue]:
 
 def check_classes(config: Config, train: Source, val: Source) -> Check:
     """Say how many images there are, and where classes or pictures do not suit the settings."""
-    issues, sizes = [], class_sizes(train)
-    numbers: dict[str, Any] = {"train_examples": len(train), "val_examples": len(val), "classes": len(train.classes)}
+    labels = config.objective.needs_labels
+    issues, sizes = [], class_sizes(train) if labels else None
+    numbers: dict[str, Any] = {"train_examples": len(train), "val_examples": len(val)}
+    if labels:
+        numbers["classes"] = len(train.classes)
     if sizes is not None:
         few = [name for name, count in sizes.items() if count < FEW]
         if few:
@@ -176,9 +187,11 @@ def check_classes(config: Config, train: Source, val: Source) -> Check:
         if side < 0.75 * min(config.data.image_size):
             text = f"pictures of {side} px are enlarged to {' x '.join(map(str, config.data.image_size))}"
             issues.append(Issue("warning", text, f"data.image_size={side} costs less and shows as much"))
-    if len(val) < FEW_EVALUATED:
-        points = 100 * 1.96 * 0.5 / len(val) ** 0.5  # half of a binomial's 95 % interval, where it is widest
-        numbers["accuracy_within_points"] = round(points, 1)
-    within = f" (an accuracy is good to {points:.0f} points)" if len(val) < FEW_EVALUATED else ""
-    counts = f"{len(train.classes):,} classes, {len(train):,} images to train on, {len(val):,} to evaluate on{within}"
+    counts = f"{len(train):,} images to train on, {len(val):,} to evaluate on"
+    if labels:
+        counts = f"{len(train.classes):,} classes, {counts}"
+        if len(val) < FEW_EVALUATED:
+            points = 100 * 1.96 * 0.5 / len(val) ** 0.5  # half of a binomial's 95 % interval, where it is widest
+            numbers["accuracy_within_points"] = round(points, 1)
+            counts += f" (an accuracy is good to {points:.0f} points)"
     return gather("data", f"{config.data.source}: {counts}", issues, **numbers)

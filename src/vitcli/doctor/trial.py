@@ -7,7 +7,7 @@ large model on a CPU) fewer images go through at once; speed hardly depends on i
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.data.loader import Batch, train_batches
+from vitcli.data.loader import Batch
 from vitcli.data.sampler import build_order
 from vitcli.data.stages import Speeds, bottleneck, measure_stages
-from vitcli.data.transforms import TrainTransform
 from vitcli.device import flops_per_second
 from vitcli.distributed import States
 from vitcli.doctor.checks import Check, Issue, gather
-from vitcli.errors import DataError
-from vitcli.fit import Job, answers_of, start_state
+from vitcli.fit import Job, answers_of, batches_of, start_state
 from vitcli.step import train_step
 
 __all__ = ["DISTURBED", "Trial", "bytes_of", "check_speed", "images_at_once", "try_out"]
@@ -107,7 +105,7 @@ def try_out(job: Job) -> Trial:
         ready = [{"images": images, "labels": numbers % max(1, job.plan.num_classes), "indices": numbers}]
         loaded = loader_batch(job, at_once)
         loader = loader_speed(job, images=loaded)
-        with closing(batches(job, at_once)) as stream:
+        with closing(endless_batches(job, at_once)) as stream:
             step([next(stream)])
             first_loss, losses[:] = losses[0], []
             began, worked = time.perf_counter(), time.process_time()
@@ -124,24 +122,11 @@ def try_out(job: Job) -> Trial:
     return Trial(at_once, model_speed, speed, loader, stages, first_loss, size, peak, share, told)
 
 
-def batches(job: Job, at_once: int) -> Any:
-    """Return the run's own stream of training images, in micro-batches of another size."""
-    config = job.config
-    return train_batches(
-        job.train_source,
-        TrainTransform(config.augment, image_size=config.data.image_size),
-        order=build_order(job.train_source, config.data, seed=config.seed),
-        batch_size=at_once,
-        micro_batch_size=at_once,
-        start_step=0,
-        total_steps=FOREVER,
-        seed=config.seed,
-        workers=config.data.workers or 0,
-        pin_memory=job.plan.device.type == "cuda",
-        on_error=config.data.on_error,
-        skip_limit=config.data.skip_limit,
-        warn=lambda text: None,
-    )
+def endless_batches(job: Job, images: int) -> Generator[Batch, None, None]:
+    """Return the run's own stream of training images, so many at a time, without an end."""
+    train = job.config.train.model_copy(update={"batch_size": images, "micro_batch_size": images, "steps": FOREVER})
+    endless = replace(job, config=job.config.model_copy(update={"train": train}))
+    return batches_of(endless, start_step=0, warn=lambda text: None)
 
 
 def images_per_second(step: Callable[[], object], *, images: int) -> float:
@@ -166,30 +151,28 @@ def loader_batch(job: Job, at_once: int) -> int:
 
 def loader_speed(job: Job, *, images: int) -> float:
     """Return the images per second that the loader alone delivers, after the batches that it prepares while it starts."""
-    with closing(batches(job, images)) as stream:
+    with closing(endless_batches(job, images)) as stream:
         for _ in range(2 * max(1, job.config.data.workers or 0) + 1):
             next(stream)
         return images_per_second(lambda: next(stream), images=images)
 
 
-def measure_loader(job: Job, *, images: int) -> Speeds | None:
-    """Measure the loader stage by stage; None where an image that the run would pass over cannot be read."""
+def measure_loader(job: Job, *, images: int) -> Speeds:
+    """Measure the loader stage by stage."""
     config = job.config
-    try:
-        return measure_stages(
-            job.train_source,
-            augment=config.augment,
-            image_size=config.data.image_size,
-            order=build_order(job.train_source, config.data, seed=config.seed),
-            workers=config.data.workers or 0,
-            batch_size=images,
-            seconds=STAGE_SECONDS,
-            seed=config.seed,
-        )
-    except DataError:
-        if config.data.on_error != "skip":
-            raise
-        return None
+    return measure_stages(
+        job.train_source,
+        augment=config.augment,
+        image_size=config.data.image_size,
+        order=build_order(job.train_source, config.data, seed=config.seed),
+        workers=config.data.workers or 0,
+        batch_size=images,
+        seconds=STAGE_SECONDS,
+        seed=config.seed,
+        on_error=config.data.on_error,
+        skip_limit=config.data.skip_limit,
+        warn=lambda text: None,
+    )
 
 
 def bytes_of(states: States) -> int:

@@ -71,7 +71,7 @@ def open_all(asked: Asked, *, say: Say) -> tuple[OpenedModel, Samples | None]:
     if dataset == "images":
         say(f"{asked.ckpt}: does not say which images it knows, and none were given (--images, --dataset): weights alone")
         return opened, None
-    opened, source = open_split(opened, "val")
+    opened, source = open_split(opened, "val", labels=False)  # images are looked at, not judged
     return opened, source_samples(source, most=asked.examples, pictures=asked.pictures)
 
 

@@ -65,7 +65,12 @@ def refuse_other_file(path: Path) -> None:
 def find_answers(
     record: RunRecord, *, data_root: Path | None, stored_only: bool, mistakes: int, notes: list[str], say: Say
 ) -> Answers | None:
-    """Load the run's predictions or make them; where neither works, say so in `notes`."""
+    """Load the run's predictions or make them; where neither works, say so in `notes`.
+
+    A run without labels has no classifier to predict with, so nothing is missing.
+    """
+    if not record.config.objective.needs_labels:
+        return None
     stored = record.path / VAL_PREDICTIONS
     if not stored.exists() and (stored_only or not record.checkpoints):
         if record.step:

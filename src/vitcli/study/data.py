@@ -1,18 +1,21 @@
 """What a study is pretrained on and tried on: opened when it is planned, so that what is missing is found at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vitcli.config import Config, DataConfig
 from vitcli.config_file import Layers
+from vitcli.data.folders import Split
 from vitcli.data.named import NAMED_SETS, data_root, present_sets
 from vitcli.data.sources import open_source
-from vitcli.errors import ConfigError, DataError
+from vitcli.errors import ConfigError, DataError, RunExistsError
+from vitcli.rundir import read_json
 from vitcli.study.config import StudyConfig, points_of
 from vitcli.study.settings import Group, Upstream, run_settings
+from vitcli.train import MANIFEST, begun
 
-__all__ = ["open_all", "open_transfer"]
+__all__ = ["open_all", "open_transfer", "refuse_other_images"]
 
 Say = Callable[[str], None]
 
@@ -41,9 +44,10 @@ def open_all(
             if variant in opened:
                 check_same_images(opened[variant][1], run, places, family=family)
                 continue
-            images = run.data.model_dump_json(include={*SAME_IMAGES, "image_size", "root", "on_error"})
+            labels = run.objective.needs_labels
+            images = f"{labels} {run.data.model_dump_json(include={*SAME_IMAGES, 'image_size', 'root', 'on_error'})}"
             if images not in known:
-                known[images] = open_upstream(run.data, needs_data=needs_data, say=say)
+                known[images] = open_upstream(run.data, labels=labels, needs_data=needs_data, say=say)
             opened[variant] = (known[images], run)
             if known[images].problem is None and known[images].train_examples < size:
                 corpus = run.data.source.partition(":")[0]
@@ -66,20 +70,50 @@ def check_same_images(first: Config, run: Config, places: Layers, *, family: str
             )
 
 
-def open_upstream(data: DataConfig, *, needs_data: bool, say: Say) -> Upstream:
-    """Open both splits of the pretraining set, without decoding it."""
+def open_upstream(data: DataConfig, *, labels: bool, needs_data: bool, say: Say) -> Upstream:
+    """Open both splits of the pretraining set, without decoding it; `labels`: whether its images need them."""
     whole = data.model_copy(update={"examples": None, "dev_fraction": None, "memory_cache_gib": 0.0})
     try:
         if not needs_data:
             refuse_download([data.source, data.val_source or data.source], data.root)
-        train = open_source(data.source, split="train", data=whole)
-        val = open_source(data.val_source or data.source, split="val", data=whole)
+        train = open_source(data.source, split="train", data=whole, labels=labels)
+        val = open_source(data.val_source or data.source, split="val", data=whole, labels=labels)
     except DataError as error:
         if needs_data:
             raise
         say(f"note: {error}; operations are without those of the head")
         return Upstream(0, FEW, 1, problem=str(error))
-    return Upstream(len(train), len(val), len(train.classes))
+    return Upstream(len(train), len(val), len(train.classes) if labels else 0)
+
+
+def refuse_other_images(runs: Iterable[tuple[Path, Config]]) -> None:
+    """Raise RunExistsError where what now lies in the place of a study's data is not what its runs learned from.
+
+    Args:
+        runs: directories and the settings that they would get now. Of those that began with data of one other place, one
+            is compared.
+
+    Raises:
+        DataError: the data is missing.
+    """
+    known: set[tuple[Any, ...]] = set()
+    for run, config in runs:
+        manifest = read_json(run / MANIFEST) if begun(run) else None
+        if manifest is None:
+            continue
+        before = tuple(manifest["requested"]["data"].get(key) for key in ("source", "val_source"))
+        now = config.data.source, config.data.val_source
+        if before == now or (before, now) in known:
+            continue
+        known.add((before, now))
+        whole = config.data.model_copy(update={"memory_cache_gib": 0.0})
+        for split, spec in (("train", now[0]), ("val", now[1] or now[0])):
+            source = open_source(spec, split=cast(Split, split), data=whole, labels=config.objective.needs_labels)
+            if source.fingerprint != manifest["data"][split]:
+                raise RunExistsError(
+                    f"{run}: the {split} images of {spec} are not those of {before[0]}, which this study began with; bring "
+                    "them back, or choose another --out"
+                )
 
 
 def open_transfer(config: StudyConfig, data: DataConfig, *, needs_data: bool, say: Say) -> None:

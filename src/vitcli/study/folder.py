@@ -1,4 +1,4 @@
-"""Whether a study may go on in a folder: what lies there is kept, and may only grow."""
+"""Whether a study may go on in a folder: what lies there is kept, and may only grow. Its data may have moved."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from vitcli.config import Config
 from vitcli.errors import ConfigError, RunExistsError
-from vitcli.rundir import differing_keys
+from vitcli.rundir import differing_keys, without_places
 from vitcli.study.config import StudyConfig
 from vitcli.study.file import read_study
 from vitcli.train import begun, keys_free_to_change, value_at
@@ -94,9 +94,13 @@ def problem_of_rest(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     settled = {"title", "compare", "seeds", "sizes", "transfer", "translate_px"}
     before, now = ({key: value for key, value in each.items() if key not in settled} for each in (old, new))
     now["families"] = {name: now["families"][name] for name in before["families"]}
-    parts = ("settings", "search")
-    before["variants"] = {name: {part: old["variants"][name][part] for part in parts} for name in old["variants"]}
-    now["variants"] = {name: {part: new["variants"][name][part] for part in parts} for name in old["variants"]}
+    before["variants"], now["variants"] = (
+        {name: {"settings": without_places(each[name]["settings"]), "search": each[name]["search"]} for name in old["variants"]}
+        for each in (old["variants"], new["variants"])
+    )
+    for each in (before, now):
+        each["base"] = without_places(each["base"])
+        each["families"] = {name: without_places(settings) for name, settings in each["families"].items()}
     if before["search"] and now["search"]:
         own = {name: tree for name, tree in now["search"]["families"].items() if name in before["families"]}
         now["search"] = {**now["search"], "families": own}

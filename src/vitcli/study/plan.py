@@ -20,7 +20,7 @@ from vitcli.objectives import flops_per_image
 from vitcli.rundir import write_text
 from vitcli.study.cells import PLAIN, UPSTREAM, Cell, label
 from vitcli.study.config import StudyConfig, nearest_size, points_of
-from vitcli.study.data import open_all, open_transfer
+from vitcli.study.data import open_all, open_transfer, refuse_other_images
 from vitcli.study.file import dump_study, read_study
 from vitcli.study.folder import STATED, refuse_other_study
 from vitcli.study.settings import SETTINGS, Group, Upstream, run_settings, settle, stages
@@ -170,7 +170,7 @@ def plan_study(path: Path, overrides: Sequence[str], *, out: Path | None, needs_
     Raises:
         ConfigError: settings that cannot be, with file and line.
         DataError: the data is missing or too small.
-        RunExistsError: the folder holds a study with other settings, or something else.
+        RunExistsError: the folder holds a study with other settings or of other images, or something else.
     """
     config, layers = read_study(path, overrides)
     out = Path("runs") / path.stem if out is None else out
@@ -184,6 +184,8 @@ def plan_study(path: Path, overrides: Sequence[str], *, out: Path | None, needs_
     for group in study.groups():
         for point in points_of(config, group.family):
             study.cell(group, seed=study.config.seeds_of(group.variant)[0], point=point, trial=None)
+    if needs_data:
+        refuse_other_images((cell.folder / "run", study.settings(cell)) for cell in study.trials() or study.finals({}))
     study = replace(study, notes=tuple(unequal_operations(study)))
     for note in study.notes:
         say(f"note: {note}")

@@ -45,7 +45,7 @@ class Upstream:
 
     train_examples: int
     val_examples: int
-    num_classes: int
+    num_classes: int  # 0 where no labels are needed
     problem: str | None = None
 
 

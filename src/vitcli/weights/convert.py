@@ -105,7 +105,7 @@ def convert(
     source = replace(source, state=model.state_dict(), preprocessing={**source.preprocessing, "image_size": [height, width]})
     parameters = sum(p.numel() for p in model.parameters())
     classes = f"{len(source.classes):,} classes" if source.classes else "no head"
-    say(f"{path_in}: {parameters / 1e6:,.1f} M parameters, {height} x {width} px, {classes}")
+    say(f"{path_in}: {parameters:,} parameters, {height} x {width} px, {classes}")
     with beside(path_out) as temporary:
         differences = write(target, temporary, source, model)
         difference, lost = verify(target, temporary, source, model)

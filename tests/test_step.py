@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vitcli import losses
 from vitcli import step as step_module
 from vitcli.config import Config
 from vitcli.data.loader import Batch
 from vitcli.distributed import SOLO, Engine
 from vitcli.errors import Interrupted, UserError
+from vitcli.losses import classification_loss
 from vitcli.models import build_model
 from vitcli.optim import build_optimizer, ema_start
 from vitcli.plan import resolve
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: str, monkeypatch: p
     one_step(state, engine, config, batches(32))
     before, ema = weights(state), {key: tensor.clone() for key, tensor in (state.ema or {}).items()}
     moments = json.dumps(plain(state.optimizer.state_dict()))
-    real = losses.classification_loss
+    real = classification_loss
     monkeypatch.setattr(step_module, "classification_loss", lambda *a, **k: real(*a, **k) * float("nan"))
     outcome, sums = one_step(state, engine, config, batches(32))
     assert outcome.verdict == "nonfinite" and state.step == 2 and sums.tolist() == [0, 0, 0]
@@ -166,7 +166,7 @@ def test_fp16_learns_lowers_its_scale_and_tells_an_overflow_from_a_broken_loss(m
     outcome, _ = one_step(state, engine, config, batches(32))
     assert outcome.verdict == "overflow" and state.scale.scale == 2.0**23
     assert all(torch.equal(before[key], tensor) for key, tensor in weights(state).items())
-    real = losses.classification_loss
+    real = classification_loss
     monkeypatch.setattr(step_module, "classification_loss", lambda *a, **k: real(*a, **k) * float("nan"))
     outcome, _ = one_step(state, engine, config, batches(32))
     assert outcome.verdict == "nonfinite"
@@ -207,7 +207,7 @@ def digest(run_dir: Path) -> str:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, bad: Callable[[State, set[int]], bool]) -> None:
     """Make the loss not a number in the steps, or for the images, that `bad` says."""
-    real = losses.classification_loss
+    real = classification_loss
 
     def spoilt(state: State, parts: list[Batch], **rest: Any) -> Outcome:
         seen = {index for part in parts for index in part["indices"].tolist()}

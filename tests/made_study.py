@@ -41,6 +41,7 @@ def make_cell(study: Study, cell: Cell, *, accuracy: Accuracy, images: int = 200
         "git_revision": "abc",
         "versions": {"torch": "2", "python": "3"},
         "data": {"source": "shapes"},
+        "requested": study.settings(cell).model_dump(mode="json"),
     }
     write_json(cell.run / "manifest.json", {**manifest, "started": "2026-01-01T00:00:00+00:00"})
     for stage in cell.stages:

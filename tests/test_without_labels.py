@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -126,7 +127,8 @@ def test_its_report_asks_for_no_predictions(whole: Path, tmp_path: Path) -> None
     path = write_report(whole, out=tmp_path / "a.html", data_root=None, mistakes=4, stored_only=False, say=said.append)
     page = path.read_text()
     assert not said and "redictions" not in page
-    pair = compare_runs([whole, whole], out=None, data_root=None, say=said.append)["pairs"][0]
+    again = shutil.copytree(whole, tmp_path / "again")
+    pair = compare_runs([whole, again], out=None, data_root=None, say=said.append)["pairs"][0]
     assert not said and pair["why"].endswith("it learned without labels, so it gives no answers")
     assert "share of hidden patches whose colour is right" in page
 

@@ -211,7 +211,7 @@ def test_folder_mistakes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "no class folders")
     write_images(tmp_path / "flat", 3)
-    refuse(tmp_path / "flat", "flat: no class folders")
+    refuse(tmp_path / "flat", "flat: no class folders here; .*jpg; pictures in no classes are for objective.name=mae")
     write_images(tmp_path / "holes" / "full", 3)
     (tmp_path / "holes" / "void").mkdir()
     (tmp_path / "holes" / "void" / "notes.txt").write_text("x")

@@ -147,7 +147,8 @@ def subfolders(path: Path) -> list[str]:
 def class_names(path: Path) -> list[str]:
     names = subfolders(path)
     if not names:
-        raise DataError(f"{path}: no class folders here; expected {path}/<class>/*.jpg")
+        heap = "; pictures in no classes are for objective.name=mae and the like, and vit data takes --unlabelled"
+        raise DataError(f"{path}: no class folders here; expected {path}/<class>/*.jpg{heap if holds_images(path) else ''}")
     if len(names) == 1:
         deeper = f"; did you mean folder:{path / names[0]}?" if subfolders(path / names[0]) else ""
         raise DataError(f"{path}: only one class folder, {names[0]}; expected one for each class{deeper}")

@@ -2,8 +2,8 @@
 
 python scripts/ablation_results.py runs/ablations
 
-What stands between the page's marks `<!-- made: NAME -->` and `<!-- made: end -->` is replaced, and a figure written beside the
-page; the words around it are written by people.
+What stands between the page's marks `<!-- made: NAME -->` and `<!-- made: end -->` is replaced for the studies that are there, and a
+figure written beside the page; the words around it are written by people.
 """
 
 import argparse
@@ -51,23 +51,24 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="holds a folder for each study of configs/ablations/")
     parser.add_argument("--page", type=Path, default=PAGE)
     words = parser.parse_args()
-    sections = {name: section(name, words.runs / name, beside=words.page.parent) for name in STUDIES}
+    there = [name for name in STUDIES if (words.runs / name / "study.yaml").is_file()]
+    if not there:
+        raise SystemExit(f"{words.runs}: none of {', '.join(STUDIES)} there; scripts/ablations.sh runs them")
+    sections = {name: section(name, words.runs / name, beside=words.page.parent) for name in there}
     write_text(words.page, filled(words.page.read_text(encoding="utf-8"), sections))
-    print(f"{words.page}: {', '.join(sections)}")
+    print(f"{words.page}: {', '.join(sections)}; left as they were: {', '.join(set(STUDIES) - set(there)) or 'none'}")
 
 
 def filled(page: str, sections: Mapping[str, str]) -> str:
-    """Return the page with what lies between its marks replaced; every section must have a place."""
+    """Return the page with what lies between its marks replaced, where there is something new; every study must have a place."""
     places = [found[2] for found in SECTION.finditer(page)]
-    if sorted(places) != sorted(sections):
-        raise SystemExit(f"the page has marks for {', '.join(places)}; expected one each for {', '.join(sections)}")
-    return SECTION.sub(lambda found: f"{found[1]}{sections[found[2]]}\n{found[3]}", page)
+    if sorted(places) != sorted(STUDIES):
+        raise SystemExit(f"the page has marks for {', '.join(places)}; expected one each for {', '.join(STUDIES)}")
+    return SECTION.sub(lambda found: f"{found[1]}{sections[found[2]]}\n{found[3]}" if found[2] in sections else found[0], page)
 
 
 def section(name: str, folder: Path, *, beside: Path) -> str:
     """Return one study's table and what made it, and put its figure beside the page."""
-    if not (folder / "study.yaml").is_file():
-        raise SystemExit(f"{folder}: no study there; scripts/ablations.sh runs them")
     study = plan_study(folder / "study.yaml", [], out=folder, say=lambda _: None)
     summary = summary_of(study, measure(study))
     record = read_json(folder / "study.json") or {}

@@ -43,7 +43,8 @@ def test_every_shipped_ablation_has_a_place_on_the_page() -> None:
     assert all(f"<!-- made: {name} -->\n\nthe table of {name}\n\n<!-- made: end -->" in made for name in names)
     assert results.filled(made, dict.fromkeys(names, "")).count("the table of") == 0  # made again
     with pytest.raises(SystemExit, match="marks for"):
-        results.filled(page, {"other": ""})
+        results.filled(page.replace("made: positions", "made: other"), {})
+    assert results.filled(made, {"positions": "anew"}).count("the table of") == len(names) - 1  # the others stay
 
 
 def test_positions_stand_beside_table_8(tmp_path: Path) -> None:

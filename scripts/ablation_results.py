@@ -2,8 +2,8 @@
 
 python scripts/ablation_results.py runs/ablations
 
-What stands between the page's marks `<!-- made: NAME -->` and `<!-- made: end -->` is replaced for the studies that are there, and a
-figure written beside the page; the words around it are written by people.
+What stands between the page's marks `<!-- made: NAME -->` and `<!-- made: end -->` is replaced, for the studies that are there,
+and a figure written beside the page; the words around it are written by people.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def filled(page: str, sections: Mapping[str, str]) -> str:
-    """Return the page with what lies between its marks replaced, where there is something new; every study must have a place."""
+    """Return the page with what lies between its marks replaced where there is something new; every study needs a place."""
     places = [found[2] for found in SECTION.finditer(page)]
     if sorted(places) != sorted(STUDIES):
         raise SystemExit(f"the page has marks for {', '.join(places)}; expected one each for {', '.join(STUDIES)}")

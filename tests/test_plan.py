@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitcli.config import Config
-from vitcli.device import choose_device, choose_precision, hardware, memory_bytes
+from vitcli.device import bf16_speedup, choose_device, choose_precision, hardware, memory_bytes
 from vitcli.errors import ConfigError
 from vitcli.plan import build_plan, describe, lr_of_step, resolve
 from vitcli.recipes import finetune_recipe
@@ -75,9 +75,18 @@ def test_the_plan_says_what_it_costs() -> None:
     assert less.memory_estimate_bytes < plan.memory_estimate_bytes
 
 
-def test_precision_follows_the_wish_and_auto_is_one_of_two() -> None:
+def test_precision_follows_the_wish_and_auto_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("bf16", CPU, width=64) == "bf16"
-    assert choose_precision("auto", CPU, width=64) in ("float32", "bf16")
+    measured = bf16_speedup(64)
+    assert 0.001 < measured < 1000
+    assert bf16_speedup(64) == measured  # not measured again
+    for speedup, precision in ((1.5, "float32"), (1.8, "bf16")):
+        monkeypatch.setattr("vitcli.device.bf16_speedup", lambda width, speedup=speedup: speedup)
+        assert choose_precision("auto", CPU, width=64) == precision
+        assert choose_precision("float32", CPU, width=64) == "float32"
+
+
+def test_what_the_machine_is() -> None:
     assert choose_device("cpu") == CPU
     assert "threads" in hardware(CPU)
     available = memory_bytes(CPU)

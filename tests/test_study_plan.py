@@ -74,13 +74,26 @@ def test_commands_of_a_cell(tmp_path: Path) -> None:
     assert pretrain.words == ("pretrain", "--config", str(folder / "settings.yaml"), "--out", run)
     assert (pretrain.done, pretrain.output) == (folder / "run" / "summary.json", None)
     tuned = folder / "finetune-digits"
-    words = ("finetune", "--ckpt", run, "--dataset", "digits", *root, "--out", str(tuned), "train.steps=5", "seed=1")
-    assert (finetune.name, finetune.words, finetune.done) == ("finetune:digits", words, tuned / "summary.json")
-    own = ["transfer=[{dataset: digits, finetune: {train: {steps: 5}, optim: {lr: 1}}, families: {narrow: {optim.lr: 2}}}]"]
-    stages = [each.stages[1] for each in plan(tmp_path, PLAIN_GRID, own).finals({}) if each.seed == 1 and each.examples == 40]
+    words = ("finetune", "--ckpt", run, "--dataset", "digits", *root, "--out", str(tuned))
+    own = ('train.precision="float32"', "train.steps=5", "seed=1")
+    assert (finetune.name, finetune.words, finetune.done) == ("finetune:digits", (*words, *own), tuned / "summary.json")
+    rates = ["transfer=[{dataset: digits, finetune: {train: {steps: 5}, optim: {lr: 1}}, families: {narrow: {optim.lr: 2}}}]"]
+    stages = [each.stages[1] for each in plan(tmp_path, PLAIN_GRID, rates).finals({}) if each.seed == 1 and each.examples == 40]
     assert {stage.words[-3:-1] for stage in stages} == {("train.steps=5", "optim.lr=1"), ("train.steps=5", "optim.lr=2")}
     assert translate.words == ("eval", "--ckpt", run, *root, "--translate", "1,2", "--json")
     assert translate.done == translate.output == folder / "translate-1-2.json"
+
+
+def test_cells_share_one_precision(tmp_path: Path) -> None:
+    """`auto` is measured on a CPU, so it could come to another answer in every process of a study."""
+    cell = plan(tmp_path, PLAIN_GRID, ["base.train.precision=auto", "base.train.device=cpu"])
+    assert {cell.settings(each).train.precision for each in cell.finals({})} == {"float32"}
+    other = plan(tmp_path, PLAIN_GRID, ["base.train.precision=bf16"])
+    assert {other.settings(each).train.precision for each in other.finals({})} == {"bf16"}
+    assert 'train.precision="bf16"' in other.finals({})[0].stages[1].words
+    own = ["base.train.precision=bf16", "transfer=[{dataset: digits, finetune: {train: {steps: 5, precision: float32}}}]"]
+    words = plan(tmp_path, PLAIN_GRID, own).finals({})[0].stages[1].words
+    assert [word for word in words if word.startswith("train.precision")] == ['train.precision="float32"']
 
 
 def test_a_search_comes_first(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(checkpoint: Path, folder: Path, *overrides: str, dataset: str = "digits", **options: object) -> Target:
-    settings = {"lrs": None, "seeds": 3, "trial_steps": None, "vtab": False, "config_path": None, **options}
+    settings = {"lrs": None, "seeds": 3, "trial_steps": None, "vtab": False, "config_path": None, "precision": None, **options}
     start = Start("tiny", checkpoint, from_scratch=False)
     return plan_target(start, dataset, folder, overrides=overrides, say=lambda _: None, **settings)  # type: ignore[arg-type]
 
@@ -64,6 +64,23 @@ def test_table_4_of_a_named_set(checkpoint: Path, tmp_path: Path) -> None:
     assert (target.steps, target.trial_steps, target.config.train.batch_size) == (10_000, 10_000, 512)
     assert (target.config.optim.name, target.config.optim.momentum, target.config.optim.warmup_steps) == ("sgd", 0.9, 500)
     assert (target.train_examples, target.test_examples, target.num_classes) == (100, 5, 5)
+    part = plan(checkpoint, tmp_path / "part", f"data.root={tmp_path}", "data.examples=50", dataset="cifar10")
+    assert (part.dev_fraction, part.dev_examples, part.train_examples) == (0.1, 5, 50)
+
+
+def test_targets_share_what_auto_comes_to(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, steps = "train.precision=auto", "train.steps=1"
+    monkeypatch.setattr("vitcli.device.bf16_speedup", lambda width: 2.0)
+    first = plan(checkpoint, tmp_path / "first", auto, steps)
+    assert first.config.train.precision == "bf16"
+    monkeypatch.setattr("vitcli.device.bf16_speedup", lambda width: 1.0)
+    settled = first.config.train.precision
+    assert plan(checkpoint, tmp_path / "later", auto, steps, precision=settled).config.train.precision == "bf16"
+    assert (
+        plan(checkpoint, tmp_path / "stated", "train.precision=float32", steps, precision=settled).config.train.precision
+        == "float32"
+    )
+    assert plan(checkpoint, tmp_path / "alone", auto, steps).config.train.precision == "float32"
 
 
 def test_rates_by_set_and_optimiser() -> None:

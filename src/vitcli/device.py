@@ -2,10 +2,11 @@
 
 import contextlib
 import ctypes
+import math
 import platform
-import statistics
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import torch
 
 from vitcli.errors import ConfigError
 
-__all__ = ["AUTOCAST", "choose_device", "choose_precision", "flops_per_second", "hardware", "keep_freed_memory", "memory_bytes"]
+__all__ = [
+    "AUTOCAST",
+    "bf16_speedup",
+    "choose_device",
+    "choose_precision",
+    "flops_per_second",
+    "hardware",
+    "keep_freed_memory",
+    "memory_bytes",
+]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what a forward pass computes in, by train.precision
 
@@ -56,24 +66,31 @@ def choose_device(wanted: str) -> torch.device:
 def choose_precision(wanted: str, device: torch.device, *, width: int) -> str:
     """Return `float32` or `bf16` for `auto`: bf16 on a GPU that has it, and on a CPU where a short measurement finds it faster.
 
-    The measurement times a matrix product of the MLP's shape, 0.1 s or less; the run keeps the outcome.
+    The run keeps the outcome.
     """
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(2048, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-        times = []
-        for _ in range(4):
+    # bf16 also costs casts and slower element-wise kernels, so a product must win clearly before a step does
+    return "bf16" if bf16_speedup(width) > 1 / 0.6 else "float32"
+
+
+@cache  # one answer for all runs that a process plans: they are compared with each other
+def bf16_speedup(width: int) -> float:
+    """Return how many times faster than in float32 this CPU makes the product of an MLP of `width`; takes 0.1 s or less."""
+    pairs = {
+        dtype: (torch.ones(2048, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    best = dict.fromkeys(pairs, math.inf)
+    for _ in range(5):  # in turn, and the best of each: what else the machine does slows single ones
+        for dtype, (a, b) in pairs.items():
             start = time.perf_counter()
             a @ b
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
-
-    # bf16 also costs casts and slower element-wise kernels, so a product must win clearly before a step does
-    return "bf16" if seconds(torch.bfloat16) < 0.6 * seconds(torch.float32) else "float32"
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def flops_per_second(device: torch.device) -> float:

@@ -99,6 +99,7 @@ def sweep(
             seeds=seeds,
             trial_steps=trial_steps,
             vtab=vtab,
+            precision=targets[0].config.train.precision if targets else None,
             say=silent if start.from_scratch else say,
         )
         if twin := next((other for other in targets if are_equal(other, target)), None):

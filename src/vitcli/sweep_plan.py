@@ -211,11 +211,15 @@ def plan_target(
     seeds: int,
     trial_steps: int | None,
     vtab: bool,
+    precision: str | None,
     say: Say,
 ) -> Target:
     """Settle everything that the trials of one start on one data set have in common; nothing is written.
 
     A sweep that has begun keeps its recipe and what was measured, also on another machine.
+
+    Args:
+        precision: what `auto` comes to, where another target has settled it: they are compared with each other.
 
     Raises:
         ConfigError: settings that cannot be, or that the sweep chooses itself.
@@ -251,9 +255,14 @@ def plan_target(
     test = open_source(data.val_source or dataset, split="val", data=data)
     if len(train) < 2:
         raise DataError(f"{dataset}: has {len(train):,} training images; a rate cannot be chosen on a share of them")
+    if fraction is None and vtab:
+        fraction = VTAB_DEV_FRACTION
+    if fraction is None and data.examples is None:
+        fraction = DEV_FRACTIONS.get(dataset)  # of all its images: of a few, 2 % would be too few to tell rates apart
     if fraction is None:
-        other = VTAB_DEV_FRACTION if vtab else min(OTHER_DEV_FRACTION, OTHER_DEV_EXAMPLES / len(train))
-        fraction = other if vtab else DEV_FRACTIONS.get(dataset, float(f"{other:.3g}"))
+        fraction = float(f"{min(OTHER_DEV_FRACTION, OTHER_DEV_EXAMPLES / len(train)):.3g}")
+    if kept is None and precision is not None and config.train.precision == "auto":
+        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     config, seconds_per_image = settle(config, kept, num_classes=len(train.classes), train=len(train), test=len(test))
     device = choose_device(config.train.device)
     resolved = resolve(config, train_examples=len(train), val_examples=len(test), device=device)

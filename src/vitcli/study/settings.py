@@ -141,7 +141,11 @@ def settle(config: Config, layers: Layers, group: Group, upstream: Upstream, *, 
     log = config.log
     if log.eval_every_steps is None and config.train.early_stop_evals is None:
         log = log.model_copy(update={"eval_every_steps": steps})  # a curve that nobody reads would be paid for in every cell
-    return config.model_copy(update={"model": found.model, "objective": found.objective, "log": log}), steps
+    train = config.train
+    if train.precision == "auto" and device.type == "cpu":  # measured in every process, it could differ from cell to cell
+        train = train.model_copy(update={"precision": "float32"})
+    settled = {"model": found.model, "objective": found.objective, "log": log, "train": train}
+    return config.model_copy(update=settled), steps
 
 
 # ---------------------------------------------------------------- stages
@@ -168,7 +172,8 @@ def stages(study: StudyConfig, config: Config, folder: Path, *, family: str, see
         for each in study.transfer:
             if each.finetune is not None:
                 place = folder / f"finetune-{short_name(each.dataset)}{suffix}"
-                settings = [f"{key}={json.dumps(value)}" for key, value in each.finetune_of(family).items()]
+                asked = {"train.precision": config.train.precision, **each.finetune_of(family)}
+                settings = [f"{key}={json.dumps(value)}" for key, value in asked.items()]
                 words = ("finetune", "--ckpt", str(ckpt), "--dataset", each.dataset, *root, "--out", str(place), *settings)
                 yield Stage(f"finetune:{each.dataset}{mark}", (*words, f"seed={seed}"), done=place / "summary.json")
         if study.translate_px:

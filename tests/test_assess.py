@@ -26,7 +26,7 @@ TINY = """
 model: {patch_size: 8, width: 32, depth: 1, num_heads: 2}
 data: {source: shapes, image_size: 16, shapes: {classes: 8, train_examples: 160, val_examples: 120}}
 optim: {lr: 0.003}
-train: {steps: 30, batch_size: 32, ema_decay: 0.8}
+train: {precision: float32, steps: 30, batch_size: 32, ema_decay: 0.8}
 """
 
 

@@ -38,7 +38,7 @@ def make(*, images_at_once: int = 32, micro: int = 32, batch: int = 32, **settin
             "data": {"source": "digits", "image_size": 16},
             "optim": {"lr": 0.01, "warmup_steps": 0, "schedule": "constant", **settings.pop("optim", {})},
             "augment": settings.pop("augment", {}),
-            "train": {"steps": 10, "batch_size": batch, "micro_batch_size": micro, **settings},
+            "train": {"steps": 10, "batch_size": batch, "micro_batch_size": micro, "precision": "float32", **settings},
         }
     )
     config = resolve(config, train_examples=100, val_examples=10, device=CPU)

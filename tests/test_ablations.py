@@ -63,13 +63,22 @@ def test_two_optimisers_stand_beside_table_7(tmp_path: Path) -> None:
     made("adam-sgd", tmp_path / "runs", {"adam": 0.6, "sgd": 0.5})
     text = results.section("adam-sgd", tmp_path / "runs", beside=tmp_path)
     assert "| upstream top-1 | 61.0 (" in text and "**\u221210** (" in text
-    assert "| rate chosen | 0.01 | 0.3 |" in text
+    assert "| rate chosen | 0.03 | 1 |" in text
     assert "| paper: ResNet50, ImageNet | 77.54 | 78.24 | +0.70 |" in text
 
 
 def test_the_lesson_of_figure_9(tmp_path: Path) -> None:
     """The mean of the patches is behind at the token's best rate, and ahead at its own."""
-    reached = {"token-1e-3": 0.5, "token-3e-4": 0.4, "token-3e-3": 0.6, "gap-3e-4": 0.5, "gap-1e-3": 0.7, "gap-3e-3": 0.3}
+    reached = {
+        "token-1e-3": 0.5,
+        "token-3e-4": 0.4,
+        "token-3e-3": 0.6,
+        "token-1e-2": 0.3,
+        "gap-3e-4": 0.5,
+        "gap-1e-3": 0.7,
+        "gap-3e-3": 0.3,
+        "gap-1e-2": 0.2,
+    }
     made("class-token", tmp_path / "runs", reached)
     text = results.section("class-token", tmp_path / "runs", beside=tmp_path)
     assert "The class token is best at 3e-3." in text

@@ -137,6 +137,9 @@ def lesson(study: Study, summary: Summary) -> str:
         first_arm=best["token"],
     )
     same, own = (against.leads.get(Curve(UPSTREAM, PLAIN, arm)) for arm in (f"gap-{rates['token']}", best["gap"]))
+    if rates["gap"] == rates["token"]:
+        at = f"Both are best at {rates['token']}."
+        return f"{at} There the mean of the patches has {difference(same)} points against the class token."
     return (
         f"The class token is best at {rates['token']}. Against it the mean of the patches has {difference(same)} points at "
         f"that rate, and {difference(own)} at its own best one, {rates['gap']}."

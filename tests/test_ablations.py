@@ -83,3 +83,10 @@ def test_the_lesson_of_figure_9(tmp_path: Path) -> None:
     text = results.section("class-token", tmp_path / "runs", beside=tmp_path)
     assert "The class token is best at 3e-3." in text
     assert "has **\u221230** (" in text and "and **+10** (" in text and "at its own best one, 1e-3." in text
+
+
+def test_one_rate_may_be_best_for_both(tmp_path: Path) -> None:
+    reached = dict.fromkeys(("token-1e-3", "token-3e-4", "token-1e-2", "gap-3e-4", "gap-1e-3", "gap-1e-2"), 0.3)
+    made("class-token", tmp_path / "runs", {**reached, "token-3e-3": 0.6, "gap-3e-3": 0.5})
+    text = results.section("class-token", tmp_path / "runs", beside=tmp_path)
+    assert "Both are best at 3e-3. There the mean of the patches has **\u221210** (" in text

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of docs/results/without-labels.md, from nothing; `vit sweep --dry-run` says how long. Started again, it goes on.
+# The tables of docs/results/without-labels.md, from nothing; `vit sweep --dry-run` says how long. Started again, it goes on.
 #   scripts/label_free_results.sh DATA OUT    DATA holds cifar10/ and tiny-imagenet-100/ (tar shards)
 set -euo pipefail
 data=$1 out=$2
@@ -12,3 +12,4 @@ for labels in 1000 5000; do
         --config configs/cifar10-finetune.yaml --lrs 0.0003,0.001,0.003 --seeds 3 --jobs 2 --out "$out/sweep-$labels" \
         "data.examples=$labels" data.dev_fraction=0.2 train.steps=750 log.eval_every_steps=375
 done
+python scripts/label_free_results.py "$out"

@@ -98,7 +98,7 @@ def test_studies(path: Path, tmp_path: Path) -> None:
     if path in ABLATIONS:  # arms of one size, which two cores afford
         assert study.config.first_arm == next(iter(study.config.families)) and study.config.pair is None
         assert study.config.seeds == [0, 1, 2]
-        assert sum(map(cost, [*study.trials(), *all_finals(study)])) < 2e13
+        assert sum(map(cost, [*study.trials(), *all_finals(study)])) < 6e13  # 1.7 hours of a core at 10 GFLOP/s
 
 
 def test_a_wrong_key_in_a_shipped_file_fails(tmp_path: Path) -> None:

@@ -29,9 +29,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="holds sweep-NUMBER, probes-START.json and the pretraining runs")
     parser.add_argument("--page", type=Path, default=PAGE)
     words = parser.parse_args()
-    sweeps = {read(path)["results"][0]["train_examples"]: read(path) for path in words.runs.glob("sweep-*/sweep.json")}
+    found = [read(path) for path in words.runs.glob("sweep-*/sweep.json")]
+    sweeps = {sweep["results"][0]["train_examples"]: sweep for sweep in found if is_whole(sweep)}
     if not sweeps:
-        raise SystemExit(f"{words.runs}: no sweep-*/sweep.json there; scripts/label_free_results.sh makes them")
+        raise SystemExit(
+            f"{words.runs}: no sweep-*/sweep.json of a sweep that has ended; scripts/label_free_results.sh makes them"
+        )
     parts = []
     for labels, sweep in sorted(sweeps.items()):
         parts += [f"Fine-tuned with {labels:,} labels:", as_markdown(finetuned(sweep)), facts(sweep)]
@@ -43,6 +46,11 @@ def main() -> None:
 
 def read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def is_whole(sweep: dict[str, Any]) -> bool:
+    """Tell whether every start has its final runs."""
+    return all(result["finals"] and all(run["state"] == "finished" for run in result["finals"]) for result in sweep["results"])
 
 
 def finetuned(sweep: dict[str, Any]) -> Table:

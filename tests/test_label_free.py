@@ -30,7 +30,7 @@ def final(folder: Path, *, right: int, images: int = 400) -> dict[str, Any]:
     )
     (folder / "predictions").mkdir(parents=True)
     save_predictions(folder / "predictions" / "val.safetensors", answers, about=ABOUT)
-    return {"run": str(folder), "train_seconds": 36.0}
+    return {"run": str(folder), "train_seconds": 36.0, "state": "finished"}
 
 
 def write_runs(runs: Path, reached: dict[str, int]) -> None:
@@ -66,6 +66,9 @@ def test_every_start_stands_beside_random_weights(tmp_path: Path) -> None:
     assert rows[1][2:] == ["", "0.003, the largest"]
     assert rows[2][2].startswith("+0.3 (\N{MINUS SIGN}")  # a single image more is not sure
     assert rows[3][1].startswith("60.2 (") and rows[3][2].startswith("**+20** (") and rows[3][3] == "0.001"
+    unfinished = {"results": [{"start": "mae", "train_examples": 5000, "finals": []}]}
+    (tmp_path / "runs" / "sweep-5000").mkdir()
+    (tmp_path / "runs" / "sweep-5000" / "sweep.json").write_text(json.dumps(unfinished))  # is left out
     sys.argv = ["label_free_results.py", str(tmp_path / "runs"), "--page", str(page)]
     results.main()
     text = page.read_text()

@@ -30,18 +30,20 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     words = parser.parse_args()
     found = [read(path) for path in words.runs.glob("sweep-*/sweep.json")]
-    sweeps = {sweep["results"][0]["train_examples"]: sweep for sweep in found if is_whole(sweep)}
+    sweeps = {
+        (sweep["results"][0]["train_examples"], sweep["results"][0]["steps"]): sweep for sweep in found if is_whole(sweep)
+    }
     if not sweeps:
         raise SystemExit(
             f"{words.runs}: no sweep-*/sweep.json of a sweep that has ended; scripts/label_free_results.sh makes them"
         )
     parts = []
-    for labels, sweep in sorted(sweeps.items()):
-        parts += [f"Fine-tuned with {labels:,} labels:", as_markdown(finetuned(sweep)), facts(sweep)]
+    for (labels, steps), sweep in sorted(sweeps.items(), key=lambda item: item[0]):
+        parts += [f"Fine-tuned with {labels:,} labels, {steps:,} steps:", as_markdown(finetuned(sweep)), facts(sweep)]
     parts += ["Frozen features, with labels of CIFAR-10's whole training split to draw from:", as_markdown(probed(words.runs))]
     text = MADE.sub(lambda found: "\n\n".join([found[1].rstrip(), *parts, found[2]]), words.page.read_text(encoding="utf-8"))
     write_text(words.page, text)
-    print(f"{words.page}: {', '.join(f'{labels:,} labels' for labels in sorted(sweeps))}")
+    print(f"{words.page}: {', '.join(f'{labels:,} labels, {steps:,} steps' for labels, steps in sorted(sweeps))}")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def finetuned(sweep: dict[str, Any]) -> Table:
         start = result["start"]
         lead = None if start == scratch else only(gaps([scores[start]], [scores[scratch]]).estimates)
         name = "from scratch" if start == scratch else start
-        rates = sorted(trial["lr"] for trial in result["trials"])
-        edge = {rates[0]: ", the smallest", rates[-1]: ", the largest"}.get(result["lr"], "")
+        rates = sorted(trial["lr"] for trial in result["trials"])  # none where there was nothing to choose
+        edge = {rates[0]: ", the smallest", rates[-1]: ", the largest"}.get(result["lr"], "") if rates else ", given"
         rows.append([name, share(only(accuracies([scores[start]]).estimates)), difference(lead), f"{result['lr']:g}{edge}"])
     return rows
 
@@ -99,12 +101,14 @@ def facts(sweep: dict[str, Any]) -> str:
     first = sweep["results"][0]
     seconds = sum(run["train_seconds"] for result in sweep["results"] for run in (*result["trials"], *result["finals"]))
     judges, device = first["dev_examples"], sweep["hardware"]["device"].split(",")[0]
+    searched = (
+        f"{len(first['trials'])} rates, tried on {first['train_examples'] - judges:,} of the images and judged by the other "
+        f"{judges:,}; the best with "
+    )
     return (
-        f"{first['steps']:,} steps of {first['batch_size']}; {len(first['trials'])} rates, tried on "
-        f"{first['train_examples'] - judges:,} of the images and judged by the other {judges:,}; the best with "
+        f"{first['steps']:,} steps of {first['batch_size']}; {searched if first['trials'] else ''}"
         f"{len(first['finals'])} seeds on all, tested on {first['test_examples']:,}; 95 % intervals over seeds and images. "
-        f"{seconds / 3600:.2f} hours of training, {device}; torch {sweep['versions']['torch']}; "
-        f"{sweep['started'][:10]}."
+        f"{seconds / 3600:.2f} hours of training, {device}; torch {sweep['versions']['torch']}; {sweep['started'][:10]}."
     )
 
 

@@ -12,4 +12,8 @@ for labels in 1000 5000; do
         --config configs/cifar10-finetune.yaml --lrs 0.0003,0.001,0.003 --seeds 3 --jobs 2 --out "$out/sweep-$labels" \
         "data.examples=$labels" data.dev_fraction=0.2 train.steps=750 log.eval_every_steps=375
 done
+# four times as long, without the start that had labels; one rate: the one that random weights chose above
+vit sweep --ckpt "$out/mae" --ckpt "$out/masked-patch" --from-scratch --dataset cifar10 --data-root "$data" \
+    --config configs/cifar10-finetune.yaml --lrs 0.001 --seeds 3 --jobs 2 --out "$out/sweep-1000-long" \
+    data.examples=1000 data.dev_fraction=0.2 train.steps=3000 log.eval_every_steps=1500
 python scripts/label_free_results.py "$out"

@@ -72,7 +72,7 @@ def test_every_start_stands_beside_random_weights(tmp_path: Path) -> None:
     sys.argv = ["label_free_results.py", str(tmp_path / "runs"), "--page", str(page)]
     results.main()
     text = page.read_text()
-    assert text.startswith("before\n<!-- made -->\n\nFine-tuned with 1,000 labels:") and text.endswith(
+    assert text.startswith("before\n<!-- made -->\n\nFine-tuned with 1,000 labels, 750 steps:") and text.endswith(
         "<!-- made: end -->\nafter\n"
     )
     assert "| mae | 25.0 ± 1.0 | 50.0 |" in text and "0.09 hours of training, a machine; torch 9.9; 2026-01-02." in text

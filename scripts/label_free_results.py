@@ -99,7 +99,7 @@ def probed(runs: Path) -> Table:
 def facts(sweep: dict[str, Any]) -> str:
     """Say what made the numbers."""
     first = sweep["results"][0]
-    seconds = sum(run["train_seconds"] for result in sweep["results"] for run in (*result["trials"], *result["finals"]))
+    seconds = sum(run["train_seconds"] or 0.0 for result in sweep["results"] for run in (*result["trials"], *result["finals"]))
     judges, device = first["dev_examples"], sweep["hardware"]["device"].split(",")[0]
     searched = (
         f"{len(first['trials'])} rates, tried on {first['train_examples'] - judges:,} of the images and judged by the other "

@@ -43,7 +43,7 @@ def write_runs(runs: Path, reached: dict[str, int]) -> None:
             "test_examples": 400,
             "steps": 750,
             "batch_size": 64,
-            "trials": [{"lr": lr, "train_seconds": 0.0} for lr in (3e-4, 1e-3, 3e-3)],
+            "trials": [{"lr": lr, "train_seconds": None} for lr in (3e-4, 1e-3, 3e-3)],
             "lr": 3e-3 if start == "mae-scratch" else 1e-3,
             "finals": [final(runs / start / str(seed), right=right + seed) for seed in range(3)],
         }

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -115,7 +116,10 @@ class Claims:
         foreign = machine_of(there) != self.machine
         if foreign and not self.is_silent(folder, there, signs):
             return None
-        replace(path, note)
+        try:
+            replace(path, note)
+        except FileNotFoundError:  # who got it meanwhile took the half-written note for a leftover
+            return None
         self.seen.pop(folder, None)
         if foreign:  # two may have found it silent at once, on machines whose locks do not meet: the last note counts
             time.sleep(CONFIRM_SECONDS)
@@ -150,7 +154,7 @@ def create(path: Path, content: bytes) -> bool:
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file anew, so that a reader finds the old content or all of the new."""
-    beside = path.with_name(f".tmp-{path.name}-{os.uname().nodename}-{os.getpid()}")
+    beside = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")  # containers may share host names and process numbers
     try:
         beside.write_bytes(content)
         os.replace(beside, path)
